@@ -1,0 +1,192 @@
+"""Attempts: every start of a run, with its resolved configuration, its plan and its outcome.
+
+    launcher    begin() ── record.json: plan, not yet applied ──► resume.apply ──► record.json: applied
+    programs    join()  ── config + plan + a workshop of their own
+    launcher    finish() ─ record.json: outcome
+
+One launcher holds a run's lock; the record is replaced by rename and hashes itself.
+"""
+
+import fcntl
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from ratchet import config as configs
+from ratchet.config import RLConfig, RunConfig, SFTConfig
+from ratchet.durable import Stage, hash_bytes
+from ratchet.errors import Damaged, Refusal
+from ratchet.paths import RunPaths
+
+RECORD = "record.json"
+KINDS: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rl": RLConfig}
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an attempt starts. The programs carry it out as if the run began there."""
+
+    step: int = 0
+    """The trainer starts here: from checkpoints/step_{step}, or from the initial weights."""
+    from_checkpoint: bool = False
+    next_batch: int = 0
+    """The orchestrator's first new batch; batches step..next_batch-1 are replayed from the log."""
+    rollback: bool = False
+    """Everything past `step` is moved aside."""
+    supersede: tuple[str, ...] = ()
+    """Published names, relative to the run, that are moved to superseded/<attempt>/."""
+    complete: bool = False
+    """Nothing is left to do."""
+    messages: tuple[str, ...] = ()
+    """What the user is told first."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How an attempt ended."""
+
+    code: int
+    reason: str
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt, as kept in attempts/<n>/record.json."""
+
+    attempt: int
+    kind: str
+    run_id: str
+    lineage: int
+    argv: list[str]
+    resume_step: int | None
+    plan: Plan
+    applied: bool = False
+    outcome: Outcome | None = None
+    announced: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    hash: str = ""
+
+
+def environment() -> dict[str, str]:
+    """What can make two runs differ although their inputs are equal."""
+    packages = ("torch", "transformers", "numpy", "safetensors")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return found | {name: metadata.version(name) for name in packages}
+
+
+def _hash(record: Record) -> str:
+    return hash_bytes(msgspec.json.encode(msgspec.structs.replace(record, hash="")))
+
+
+def write(stage: Stage, record: Record) -> Record:
+    """Replace the record of its attempt."""
+    record = msgspec.structs.replace(record, hash="")
+    record = msgspec.structs.replace(record, hash=_hash(record))
+    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    stage.replace(stage.paths.attempt(record.attempt) / RECORD, data)
+    return record
+
+
+def read(paths: RunPaths, attempt: int) -> Record:
+    """Raises: Damaged."""
+    path = paths.attempt(attempt) / RECORD
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=Record)
+    except (FileNotFoundError, msgspec.MsgspecError) as error:
+        raise Damaged(f"{path} cannot be read ({error}).") from None
+    if _hash(record) != record.hash:
+        raise Damaged(
+            f"{path} is damaged: it states hash {record.hash}, its content hashes to {_hash(record)}."
+        )
+    return record
+
+
+def numbers(paths: RunPaths) -> list[int]:
+    """The attempts that were begun: those with a record."""
+    if not paths.attempts.exists():
+        return []
+    named = [name for name in os.listdir(paths.attempts) if name.isdigit()]
+    return sorted(int(name) for name in named if (paths.attempts / name / RECORD).exists())
+
+
+def newest(paths: RunPaths) -> Record | None:
+    """The newest attempt's record, or None in a directory without a run. Raises: Damaged."""
+    known = numbers(paths)
+    return read(paths, known[-1]) if known else None
+
+
+def read_config(paths: RunPaths, record: Record) -> Any:
+    """The resolved configuration of an attempt, as the class of its kind."""
+    return configs.from_toml(KINDS[record.kind], paths.attempt(record.attempt) / "run.toml")
+
+
+class Lock:
+    """One launcher a directory: flock, released by the kernel however the launcher ends."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises: Refusal if another launcher holds the run."""
+        file = self._paths.lock.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise Refusal(
+                f"{self._paths.root} is in use by another launcher ({holder}): stop it first, "
+                "or choose another --output-dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a program of a run needs to know; the same for a new run and a resumed one."""
+
+    paths: RunPaths
+    config: Any
+    plan: Plan
+    attempt: int
+    run_id: str
+    lineage: int
+    stage: Stage
+
+
+def token(attempt: int, role: str, incarnation: int) -> str:
+    return f"{attempt:03d}.{role}.{incarnation}"
+
+
+def join(root: Path, attempt: int, role: str, incarnation: int, *, rank: int = 0) -> Assignment:
+    """Enter an open attempt as one of its programs. Rank 0 opens the role's workshop."""
+    paths = RunPaths(root)
+    record = read(paths, attempt)
+    name = token(attempt, role, incarnation)
+    return Assignment(
+        paths=paths,
+        config=read_config(paths, record),
+        plan=record.plan,
+        attempt=attempt,
+        run_id=record.run_id,
+        lineage=record.lineage,
+        stage=Stage.open(paths, name) if rank == 0 else Stage(paths, name),
+    )
+
+
+def argv() -> list[str]:
+    """The command as the user typed it, without the path of the program."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,441 @@
+"""The configuration: a fact is written once, and every program receives the whole tree.
+
+Each leaf carries a mark that says what may happen to it on resume:
+`Free` may change silently, `Announced` is printed and recorded, `Fixed` is refused.
+"""
+
+import enum
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+
+import msgspec
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_config import BaseConfig, ConfigFileError, cli
+
+from ratchet.errors import Refusal
+
+
+class OnResume(enum.Enum):
+    """What a changed value means when a run is resumed."""
+
+    FREE = "free"
+    ANNOUNCED = "announced"
+    FIXED = "fixed"
+
+
+T = TypeVar("T")
+Free = Annotated[T, OnResume.FREE]
+Announced = Annotated[T, OnResume.ANNOUNCED]
+Fixed = Annotated[T, OnResume.FIXED]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(BaseConfig):
+    """Which model, and where its tokenizer comes from."""
+
+    name: Fixed[str]
+    """A directory with a Hugging Face model, or a hub name."""
+    random_init: Fixed[bool] = False
+    """Build the model from its config with weights drawn from the run's seed, instead of loading weights."""
+    tokenizer: Fixed[str | None] = None
+    """A directory or hub name of the tokenizer; by default the model's own."""
+    attention: Announced[Literal["sdpa", "eager", "flash_attention_2"]] = "sdpa"
+    """The attention kernel of transformers. On a CPU in bf16, eager trains faster."""
+
+
+class CkptConfig(BaseConfig):
+    """Checkpoints of the whole run. Off unless this section or any `--ckpt` flag is given."""
+
+    interval: Free[Positive | None] = None
+    """Save after every N steps; without it only the final step is saved."""
+    save_async: Free[bool] = False
+    """Write in the background: the training loop waits for the copy of its state only."""
+    keep_last: Free[Positive | None] = None
+    """Keep the newest K checkpoints."""
+    keep_interval: Free[Positive | None] = None
+    """Also keep every checkpoint whose step is a multiple of N."""
+    resume_step: Free[Annotated[int, Field(ge=-1)] | None] = None
+    """Continue from this step; -1 means the newest one."""
+    on_corrupt: Free[Literal["stop", "fallback"]] = "stop"
+    """A damaged checkpoint stops the start, or is moved aside so that an older one serves."""
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether the state after `step` updates is saved."""
+        return step == max_steps or (self.interval is not None and step % self.interval == 0)
+
+
+class LogConfig(BaseConfig):
+    """What the programs say."""
+
+    level: Free[Literal["debug", "info", "warning", "error"]] = "info"
+
+
+class OptimConfig(BaseConfig):
+    """AdamW on everything, or Muon on the 2-D matrices inside the blocks and AdamW on the rest."""
+
+    type: Fixed[Literal["adamw", "muon"]] = "adamw"
+    lr: Announced[float] = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: Announced[tuple[float, float]] = (0.9, 0.95)
+    eps: Announced[float] = 1e-8
+    weight_decay: Announced[float] = Field(default=0.0, ge=0)
+    muon_lr: Announced[float] = Field(default=3e-2, gt=0)
+    """Peak learning rate of Muon; an update is scaled by 0.2 * sqrt(max(rows, columns))."""
+    muon_momentum: Announced[float] = 0.95
+    max_norm: Announced[float | None] = 1.0
+    """Clip the gradient to this norm."""
+
+
+class SchedulerConfig(BaseConfig):
+    """The learning rate as a function of the step: nothing about it is accumulated."""
+
+    type: Announced[Literal["constant", "linear", "cosine"]] = "constant"
+    warmup_steps: Announced[int] = Field(default=0, ge=0)
+    horizon_steps: Announced[Positive | None] = None
+    """Where the decay ends; `max_steps` by default. Set it when the run may be extended later."""
+    min_lr_ratio: Announced[float] = Field(default=0.0, ge=0, le=1)
+    """The learning rate at the horizon and after it, relative to the peak."""
+
+
+class TrainerConfig(BaseConfig):
+    """The trainer's own knobs."""
+
+    optim: OptimConfig = OptimConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    micro_batch_tokens: Announced[Positive] = 8192
+    """Upper bound for rows x padded length of one forward pass; gradients accumulate over micro-batches."""
+    precision: Announced[Literal["bf16", "fp32"]] = "bf16"
+    """bf16 runs matrix products under autocast; weights, gradients and optimizer stay in fp32."""
+    activation_checkpointing: Announced[bool] = False
+    threads: Announced[Positive] = 1
+    """CPU threads of each trainer process; part of what makes results repeatable."""
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+
+
+class LossConfig(BaseConfig):
+    """The policy-gradient loss: clipped importance ratio, group-relative advantage, token mean."""
+
+    clip_low: Announced[float] = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped at 1 - clip_low."""
+    clip_high: Announced[float] = Field(default=0.28, gt=0)
+    """The ratio is clipped at 1 + clip_high."""
+    mask_low: Announced[float] = Field(default=0.125, ge=0, lt=1)
+    """A token whose ratio lies below is left out of the loss."""
+    mask_high: Announced[float] = Field(default=8.0, gt=1)
+    """A token whose ratio lies above is left out of the loss."""
+
+
+class RLTrainerConfig(TrainerConfig):
+    """The trainer's own knobs in RL."""
+
+    loss: LossConfig = LossConfig()
+
+
+class DataConfig(BaseConfig):
+    """SFT data: rows of `messages`, or of `prompt` and `completion`."""
+
+    name: Fixed[str]
+    """A .jsonl or .parquet file, or the hub name of a dataset."""
+    split: Fixed[str] = "train"
+    """The split of a hub dataset."""
+    batch_size: Announced[Positive] = 64
+    """Samples of one step."""
+    max_length: Announced[Positive] = 2048
+    """Longer samples are cut at this many tokens."""
+    shuffle: Fixed[bool] = True
+
+
+class SamplingConfig(BaseConfig):
+    """How rollouts are sampled. Top-p and top-k do not exist here: they would falsify the logprobs."""
+
+    max_tokens: Announced[Positive] = 256
+    """Tokens of one turn at most."""
+    temperature: Announced[float] = Field(default=1.0, gt=0)
+
+
+class EnvConfig(BaseConfig):
+    """One environment."""
+
+    id: Announced[str]
+    """`reverse_text`, `rows`, or a class of your own as `module:Class`."""
+    name: Announced[str | None] = None
+    """How metrics call it; the id by default."""
+    weight: Announced[float] = Field(default=1.0, gt=0)
+    """Its share of the draws, relative to the other environments."""
+    args: Announced[dict[str, Any]] = {}
+    """Keyword arguments of the environment."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.id.rpartition(":")[2]
+
+
+class EvalConfig(BaseConfig):
+    """Held-out evaluation during the run."""
+
+    interval: Announced[Positive] = 10
+    """Evaluate the policy of every N-th step, and the last one."""
+    at_start: Announced[bool] = True
+    """Also evaluate the initial policy."""
+    tasks: Announced[Positive] = 64
+    """Held-out tasks of each environment."""
+    rollouts_per_task: Announced[Positive] = 1
+    temperature: Announced[float] = Field(default=1.0, gt=0)
+
+
+class ClientConfig(BaseConfig):
+    """How the orchestrator reaches inference."""
+
+    base_url: Free[str] = "http://127.0.0.1:8000"
+    """A vLLM-shaped server. Ignored when an [inference] section makes the run start its own."""
+    wait_s: Free[float] = Field(default=60.0, gt=0)
+    """How long to wait for a server that does not answer yet."""
+    timeout_s: Free[float] = Field(default=600.0, gt=0)
+    """Longest duration of one request."""
+    retries: Free[int] = Field(default=8, ge=0)
+    """How often a torn request is played again, with the same seed."""
+
+
+class OrchestratorConfig(BaseConfig):
+    """The orchestrator's own knobs."""
+
+    env: list[EnvConfig] = []
+    """The environments of the run: `[[orchestrator.env]]` tables."""
+    batch_size: Announced[Positive] = 256
+    """Rollouts of one step."""
+    group_size: Announced[Positive] = 16
+    """Rollouts of one task; the advantage is relative to their mean."""
+    sampling: SamplingConfig = SamplingConfig()
+    eval: EvalConfig | None = None
+    client: ClientConfig = ClientConfig()
+    divide_by_std: Announced[bool] = False
+    """Divide advantages by the group's standard deviation (GRPO's original form)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OrchestratorConfig":
+        if self.group_size < 2:
+            raise ValueError("group_size must be at least 2: one rollout has no siblings to be compared with")
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}"
+            )
+        labels = [env.label for env in self.env]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"two environments are called the same ({', '.join(labels)}); give each a `name`"
+            )
+        return self
+
+    @property
+    def groups_per_batch(self) -> int:
+        return self.batch_size // self.group_size
+
+
+class InferenceConfig(BaseConfig):
+    """The inference server."""
+
+    engine: Free[Literal["torch"]] = "torch"
+    """The embedded engine."""
+    host: Free[str] = "127.0.0.1"
+    port: Free[Annotated[int, Field(ge=0, le=65535)]] = 8000
+    """0 takes a free port; a run that starts its own server always does."""
+    slots: Announced[Positive] = 128
+    """Sequences decoded together; a part of what makes results repeatable."""
+    max_model_len: Announced[Positive] = 512
+    """Prompt and completion together, in tokens."""
+    dtype: Announced[Literal["float32", "bfloat16"]] = "float32"
+    threads: Announced[Positive] = 1
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+
+
+class RunConfig(BaseConfig):
+    """The facts that every run has."""
+
+    model: ModelConfig
+    output_dir: Free[Path] = Path("outputs")
+    """The run directory."""
+    max_steps: Free[Positive]
+    """The step at which the run ends: absolute, also when it is resumed."""
+    seed: Fixed[int] = 0
+    ckpt: CkptConfig | None = None
+    log: LogConfig = LogConfig()
+
+    SECTIONS: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hoist(cls, data: Any) -> Any:
+        """A file given to `--trainer @` may carry root facts: move them up, where the root has none."""
+        if not isinstance(data, dict):
+            return data
+        facts = set(cls.model_fields) - set(cls.SECTIONS)
+        for section in cls.SECTIONS:
+            inner = data.get(section)
+            if isinstance(inner, dict):
+                for key in facts & set(inner):
+                    data[key] = _fill(data.get(key), inner.pop(key))
+        return data
+
+
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning."""
+
+    data: DataConfig
+    trainer: TrainerConfig = TrainerConfig()
+
+    SECTIONS: ClassVar[tuple[str, ...]] = ("trainer", "data")
+
+
+class RLConfig(RunConfig):
+    """Asynchronous reinforcement learning."""
+
+    deterministic: Fixed[bool] = False
+    """Batch k is sampled by policy max(0, k - max_async_level) exactly: the whole run repeats bit for bit."""
+    max_async_level: Announced[int] = Field(default=1, ge=0)
+    """How many steps generation may run ahead of training."""
+    max_off_policy_steps: Announced[int] = Field(default=8, ge=0)
+    """A rollout with a token older than this many steps is dropped when its batch is made."""
+    trainer: RLTrainerConfig = RLTrainerConfig()
+    orchestrator: OrchestratorConfig = OrchestratorConfig()
+    inference: InferenceConfig | None = None
+
+    SECTIONS: ClassVar[tuple[str, ...]] = ("trainer", "orchestrator", "inference")
+
+
+class ServerConfig(RLConfig):
+    """What the `inference` program reads: a run's file, or one that holds only a model and its own section."""
+
+    max_steps: Free[Positive] = 1
+    inference: InferenceConfig | None = InferenceConfig()
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def _fill(value: Any, more: Any) -> Any:
+    """`value` where it is given, completed by `more`."""
+    if isinstance(value, dict) and isinstance(more, dict):
+        return {key: _fill(value.get(key), more.get(key)) for key in {**more, **value}}
+    return more if value is None else value
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _files(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """The (section, path) pairs of `@ file` and `--section @ file`; the root's section is empty."""
+    section = ""
+    for index, token in enumerate(argv):
+        if token.startswith("@"):
+            path = token[1:] or (argv[index + 1] if index + 1 < len(argv) else "")
+            yield section, path
+        section = token[2:] if token.startswith("--") else ""
+
+
+def _check_facts_agree(cls: type[RunConfig], argv: list[str]) -> None:
+    """Raises: Refusal if two files state two values for one fact of the root."""
+    facts = set(cls.model_fields) - set(cls.SECTIONS)
+    stated: dict[str, tuple[Any, str]] = {}
+    for section, path in _files(argv):
+        try:
+            data = tomllib.loads(Path(path).read_text())
+        except (OSError, tomllib.TOMLDecodeError):
+            return  # the parser says it better
+        tables = [data] if section else [data, *(data.get(name, {}) for name in cls.SECTIONS)]
+        for table in tables:
+            for key, value in _leaves({k: v for k, v in table.items() if k in facts}):
+                first = stated.setdefault(key, (value, path))
+                if first[0] != value:
+                    raise Refusal(
+                        f"{key} is {first[0]!r} in {first[1]} and {value!r} in {path}: "
+                        "write this fact once, or the same in both."
+                    )
+
+
+def load(cls: type[C], argv: list[str]) -> C:
+    """Parse a command line with its `@` files.
+
+    Raises: Refusal with one sentence for anything that is not a valid configuration.
+    """
+    _check_facts_agree(cls, argv)
+    try:
+        return cli(cls, args=argv)
+    except ConfigFileError as error:
+        raise Refusal(_one_sentence(error.message)) from None
+
+
+def _one_sentence(message: str) -> str:
+    """Fold the parser's multi-line report: `--flag: what is wrong; --flag: what is wrong`."""
+    head, *lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return head
+    return "; ".join(f"{flag}: {what}" for flag, what in zip(lines[::2], lines[1::2], strict=False)) + "."
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """The resolved values, without those that are None."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def to_toml(config: BaseModel) -> bytes:
+    return tomli_w.dumps(dump(config)).encode()
+
+
+def from_toml(cls: type[C], path: Path) -> C:
+    """Read a resolved configuration back. Raises: Refusal if this version cannot read it."""
+    try:
+        return cls.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        raise Refusal(f"{path} cannot be read as a configuration: {error}") from None
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One key whose value differs from the run's last attempt."""
+
+    key: str
+    old: Any
+    new: Any
+    mark: OnResume
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def marks(cls: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
+    """What each leaf of a configuration class allows on resume, by dotted key."""
+    found: dict[str, OnResume] = {}
+    for name, info in cls.model_fields.items():
+        models = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type)]
+        inner = next((t for t in models if issubclass(t, BaseModel)), None)
+        mark = next((m for m in info.metadata if isinstance(m, OnResume)), None)
+        if mark is not None:
+            found[prefix + name] = mark
+        elif inner is not None and info.annotation is not None and "list" not in str(info.annotation):
+            found |= marks(inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = OnResume.ANNOUNCED
+    return found
+
+
+def changes(old: C, new: C) -> list[Change]:
+    """What differs between two configurations of one run, with what each difference means on resume."""
+    table = marks(type(new))
+    if isinstance(new, RLConfig) and new.deterministic:
+        table["max_async_level"] = OnResume.FIXED
+    before, after = dict(_leaves(dump(old))), dict(_leaves(dump(new)))
+    found = []
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key):
+            mark = next(
+                (m for k, m in table.items() if key == k or key.startswith(k + ".")), OnResume.ANNOUNCED
+            )
+            found.append(Change(key, before.get(key), after.get(key), mark))
+    return found

@@ -1,0 +1,295 @@
+"""How bytes become true. The only file that renames, fsyncs or deletes.
+
+A directory is *published* by this order, and each step is needed:
+
+    write into staging/<token>/x      nobody looks there
+    fsync and hash every file         the bytes are on the disk before anything names them
+    write and fsync MANIFEST.json     names, sizes, hashes; it hashes itself
+    fsync the directories             the names are on the disk
+    rename to the final name          the commit: one atomic step
+    fsync the parent                  the commit survives a power cut
+
+The rename is also the fence: a process is revoked by renaming its staging/<token> away, after which
+whatever it still tries fails with ENOENT and becomes `Fenced`.
+"""
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from ratchet.errors import Damaged, Fenced, RatchetError
+from ratchet.paths import RunPaths, parse_step
+from ratchet.records import FileEntry, Manifest
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+_CHUNK_BYTES = 8 << 20
+_crash_at = os.environ.get("RATCHET_CRASH_AT", "")
+_crash_seen: dict[str, int] = {}
+
+
+def crash_point(name: str) -> None:
+    """A named instant at which a test may kill this process: RATCHET_CRASH_AT=<name>:<n>."""
+    if not _crash_at:
+        return
+    wanted, _, count = _crash_at.rpartition(":")
+    if wanted == name:
+        _crash_seen[name] = _crash_seen.get(name, 0) + 1
+        if _crash_seen[name] == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_bytes(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_file(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def seal(directory: Path, names: Iterable[str] | None = None) -> list[FileEntry]:
+    """Fsync and hash the files of a staged directory: all of them, or one rank's own.
+
+    Returns the entries sorted by name, which is relative to `directory`.
+    """
+    if names is None:
+        names = (str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    entries = []
+    for name in sorted(names):
+        path = directory / name
+        fsync_path(path)
+        entries.append(FileEntry(name=name, size=path.stat().st_size, xxh3=hash_file(path)))
+    return entries
+
+
+def payload_digest(files: Iterable[FileEntry]) -> str:
+    """One digest for a set of files: names and contents, nothing else."""
+    return hash_bytes(msgspec.json.encode([(f.name, f.xxh3) for f in sorted(files)]))
+
+
+def _manifest_hash(manifest: Manifest) -> str:
+    return hash_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, hash="")))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check one manifest.
+
+    Raises: Damaged if it is missing, does not parse, or does not hash to what it says.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise Damaged(f"{directory} has no {MANIFEST}: it was never committed.") from None
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"{path} does not parse ({error}): it is damaged.") from None
+    found = _manifest_hash(manifest)
+    if manifest.hash != found:
+        raise Damaged(f"{path} is damaged: it states hash {manifest.hash}, its content hashes to {found}.")
+    if manifest.format > FORMAT:
+        raise Damaged(
+            f"{path} has format {manifest.format}; this version reads up to {FORMAT}: upgrade Ratchet."
+        )
+    named = parse_step(directory.name)
+    if named is not None and named != manifest.step:
+        raise Damaged(f"{path} states step {manifest.step}, its directory states {named}.")
+    return manifest
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """The cheap check: every file is there with its size. Raises: Damaged."""
+    for entry in manifest.files:
+        try:
+            size = (directory / entry.name).stat().st_size
+        except FileNotFoundError:
+            raise Damaged(f"{directory / entry.name} is missing; its manifest lists it.") from None
+        if size != entry.size:
+            raise Damaged(f"{directory / entry.name} has {size} bytes; its manifest says {entry.size}.")
+
+
+def read_committed(directory: Path) -> Manifest | None:
+    """The manifest of a published directory, or None where nothing sound stands under that name."""
+    try:
+        manifest = read_manifest(directory)
+        check_sizes(directory, manifest)
+    except Damaged:
+        return None
+    return manifest
+
+
+def committed(root: Path) -> dict[int, Manifest]:
+    """The steps below `root` that count, in order. Resume, retention and display all ask here."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return {}
+    steps = sorted(step for name in names if (step := parse_step(name)) is not None)
+    found = ((step, read_committed(root / f"step_{step}")) for step in steps)
+    return {step: manifest for step, manifest in found if manifest is not None}
+
+
+def verify(directory: Path) -> Manifest:
+    """Read every byte and compare with the manifest.
+
+    Raises: Damaged with the file, the expected and the found hash.
+    """
+    manifest = read_manifest(directory)
+    check_sizes(directory, manifest)
+    for entry in manifest.files:
+        found = hash_file(directory / entry.name)
+        if found != entry.xxh3:
+            raise Damaged(f"{directory / entry.name} is damaged: expected xxh3 {entry.xxh3}, found {found}.")
+    return manifest
+
+
+class Stage:
+    """One process's private workshop, staging/<token>: whatever it publishes or deletes passes here."""
+
+    def __init__(self, paths: RunPaths, token: str) -> None:
+        self.paths = paths
+        self.token = token
+        self.directory = paths.staging / token
+        self._count = 0
+
+    @classmethod
+    def open(cls, paths: RunPaths, token: str) -> "Stage":
+        """Make the workshop of a new incarnation; a token is never used twice."""
+        stage = cls(paths, token)
+        stage.directory.mkdir()
+        fsync_path(paths.staging)
+        return stage
+
+    def check(self) -> None:
+        """Raises: Fenced if this process was replaced."""
+        if not self.directory.exists():
+            raise Fenced(f"{self.token} was replaced by a newer process; it stops without publishing.")
+
+    def begin(self, name: str) -> Path:
+        """A fresh directory to write into; its name is unique within this process."""
+        self._count += 1
+        directory = self.directory / f"{self._count}-{name}"
+        try:
+            directory.mkdir()
+        except FileNotFoundError:
+            self.check()
+            raise
+        return directory
+
+    def commit(self, directory: Path, target: Path, manifest: Manifest) -> Manifest:
+        """Publish a sealed directory under its final name.
+
+        Raises: Fenced if this process was replaced; RatchetError if the name is taken by other content.
+        Crash: before the rename nothing is visible; after it everything is.
+        """
+        manifest = msgspec.structs.replace(manifest, files=tuple(sorted(manifest.files)))
+        manifest = msgspec.structs.replace(manifest, hash=_manifest_hash(manifest))
+        point = manifest.kind
+        crash_point(f"{point}.before_manifest")
+        path = directory / MANIFEST
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        fsync_path(path)
+        for folder in {p.parent for p in directory.rglob("*")} | {directory}:
+            fsync_path(folder)
+        crash_point(f"{point}.before_rename")
+        self._rename_new(directory, target, manifest)
+        crash_point(f"{point}.after_rename")
+        fsync_path(target.parent)
+        crash_point(f"{point}.committed")
+        return manifest
+
+    def _rename_new(self, directory: Path, target: Path, manifest: Manifest) -> None:
+        try:
+            os.rename(directory, target)
+            return
+        except FileNotFoundError:
+            # A network filesystem may have retried a rename that succeeded.
+            there = read_committed(target)
+            if there is not None and there.hash == manifest.hash:
+                return
+            self.check()
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            there = read_committed(target)
+            if there is None or payload_digest(there.files) != payload_digest(manifest.files):
+                raise RatchetError(
+                    f"{target} is already published with other content; published names are never overwritten."
+                ) from None
+        shutil.rmtree(directory)
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Put a small file in place of its older version, atomically."""
+        self._count += 1
+        staged = self.directory / f"{self._count}-{path.name}"
+        try:
+            staged.write_bytes(data)
+        except FileNotFoundError:
+            self.check()
+            raise
+        fsync_path(staged)
+        crash_point(f"replace.{path.name}.before_rename")
+        os.rename(staged, path)
+        fsync_path(path.parent)
+
+    def move(self, path: Path, target: Path) -> None:
+        """Move a published name elsewhere in the run; a no-op where it has been moved already."""
+        self.check()
+        try:
+            os.rename(path, target)
+        except FileNotFoundError:
+            return
+        fsync_path(target.parent)
+        fsync_path(path.parent)
+
+    def remove(self, path: Path) -> None:
+        """Delete a published directory: it stops existing at once, its bytes go afterwards."""
+        self._count += 1
+        grave = self.directory / f"del-{self._count}-{path.name}"
+        try:
+            os.rename(path, grave)
+        except FileNotFoundError:
+            self.check()
+            return
+        crash_point("remove.after_rename")
+        fsync_path(path.parent)
+        shutil.rmtree(grave)
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Append to a log of lines, such as metrics. Opened by path, so that a fenced process stops."""
+        self.check()
+        with path.open("ab") as file:
+            file.write(data)
+
+    def truncate(self, path: Path, size_bytes: int) -> None:
+        """Cut a log of lines back to a length that is known to be true."""
+        self.check()
+        with path.open("r+b") as file:
+            file.truncate(size_bytes)
+            os.fsync(file.fileno())
+
+
+def revoke(paths: RunPaths, by: Stage, prefix: str = "") -> None:
+    """Fence every other process: rename its workshop away, then delete what it left there."""
+    for name in sorted(os.listdir(paths.staging)):
+        if name != by.token and name.startswith(prefix):
+            by.remove(paths.staging / name)

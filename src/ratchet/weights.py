@@ -1,0 +1,77 @@
+"""Published policies: weights/step_v, a Hugging Face model directory that inference adopts.
+
+One writer, the trainer. A policy's name on the wire is `<run id>/<lineage>/<step>/<digest>`; adoption
+tests equality of that name, never order.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet import durable
+from ratchet.durable import Stage
+from ratchet.paths import RunPaths
+from ratchet.records import Manifest
+
+# What may differ between two files that describe the same network.
+_COSMETIC = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """One published policy, as the wire names it."""
+
+    run_id: str
+    lineage: int
+    step: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.run_id}/{self.lineage}/{self.step}/{self.digest}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy | None":
+        """The policy that a server reports, or None for a name that is not ours (`default`)."""
+        parts = text.split("/")
+        if len(parts) != 4 or not parts[1].isdigit() or not parts[2].isdigit():
+            return None
+        return cls(parts[0], int(parts[1]), int(parts[2]), parts[3])
+
+
+def digest(manifest: Manifest) -> str:
+    return durable.payload_digest(manifest.files)
+
+
+def commit(stage: Stage, directory: Path, *, step: int, attempt: int) -> Manifest:
+    """Publish a staged model directory as weights/step_{step}.
+
+    The same content under that name already is a no-op.
+    Raises: Fenced; RatchetError if other content stands under that name (see `supersede`).
+    """
+    manifest = Manifest(kind="weights", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
+    return stage.commit(directory, stage.paths.weight(step), manifest)
+
+
+def read_policy(paths: RunPaths, step: int, *, run_id: str, lineage: int) -> Policy | None:
+    """The published policy of `step`, or None if there is none yet."""
+    manifest = durable.read_committed(paths.weight(step))
+    return None if manifest is None else Policy(run_id, lineage, step, digest(manifest))
+
+
+def newest(paths: RunPaths, *, above: int) -> int | None:
+    """The newest published step above `above`: steps are published one after the other."""
+    step = above
+    while (paths.weight(step + 1) / durable.MANIFEST).exists():
+        step += 1
+    return step if step > above else None
+
+
+def architecture_digest(config: Mapping[str, Any]) -> str:
+    """Equal for two `config.json` that describe the same network; a server of another one is refused."""
+    essential = {k: v for k, v in config.items() if k not in _COSMETIC}
+    return durable.hash_bytes(msgspec.json.encode(essential, order="deterministic"))
+
+
+def read_architecture(directory: Path) -> str:
+    return architecture_digest(msgspec.json.decode((directory / "config.json").read_bytes()))
