@@ -136,14 +136,18 @@ def read_committed(directory: Path) -> Manifest | None:
     return manifest
 
 
-def committed(root: Path) -> dict[int, Manifest]:
-    """The steps below `root` that count, in order. Resume, retention and display all ask here."""
+def steps(root: Path) -> list[int]:
+    """The steps that directories below `root` name, in order, sound or not."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:
-        return {}
-    steps = sorted(step for name in names if (step := parse_step(name)) is not None)
-    found = ((step, read_committed(root / f"step_{step}")) for step in steps)
+        return []
+    return sorted(step for name in names if (step := parse_step(name)) is not None)
+
+
+def committed(root: Path) -> dict[int, Manifest]:
+    """The steps below `root` that count, in order. Resume, retention and display all ask here."""
+    found = ((step, read_committed(root / f"step_{step}")) for step in steps(root))
     return {step: manifest for step, manifest in found if manifest is not None}
 
 

@@ -1,0 +1,130 @@
+"""Checkpoints: one directory, one manifest, one commit for the trainer's and the orchestrator's state.
+
+    checkpoints/step_v/trainer/            what the trainer's ranks wrote
+    checkpoints/step_v/orchestrator/       the state that rode in batch v-1, copied
+    checkpoints/step_v/MANIFEST.json
+
+Retention and pruning live here too: they run after a commit, never before, and only the trainer's rank 0
+calls them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ratchet import batchlog, durable
+from ratchet.config import CkptConfig
+from ratchet.durable import Stage
+from ratchet.paths import RunPaths
+from ratchet.records import FileEntry, Manifest
+
+TRAINER = "trainer"
+ORCHESTRATOR = "orchestrator"
+STATE = f"{ORCHESTRATOR}/state.json"
+
+
+def begin(stage: Stage, step: int) -> Path:
+    """A staged directory with a `trainer/` folder in it, for all ranks to write into."""
+    directory = stage.begin(f"checkpoint_{step}")
+    (directory / TRAINER).mkdir()
+    return directory
+
+
+def is_committed(paths: RunPaths, step: int) -> bool:
+    return durable.read_committed(paths.checkpoint(step)) is not None
+
+
+def copy_orchestrator_state(stage: Stage, directory: Path, step: int) -> list[FileEntry]:
+    """Take the orchestrator's part from the log: its state just after batch step-1.
+
+    Returns the entries to commit; none for SFT and for step 0. Raises: Damaged.
+    """
+    batch = stage.paths.batch(step - 1)
+    if not batch.exists():
+        return []
+    target = directory / STATE
+    target.parent.mkdir()
+    target.write_bytes(batchlog.read_state(batch))
+    return durable.seal(directory, [STATE])
+
+
+def commit(
+    stage: Stage,
+    directory: Path,
+    *,
+    step: int,
+    attempt: int,
+    world_size: int,
+    entries: list[FileEntry],
+    meta: dict[str, Any],
+    versions: dict[str, str],
+) -> Manifest:
+    """Make checkpoint `step` true. `entries` are all ranks' sealed files, relative to `directory`."""
+    manifest = Manifest(
+        kind="checkpoint",
+        step=step,
+        attempt=attempt,
+        world_size=world_size,
+        files=tuple(entries),
+        meta=meta,
+        versions=versions,
+    )
+    return stage.commit(directory, stage.paths.checkpoint(step), manifest)
+
+
+def kept(steps: list[int], ckpt: CkptConfig) -> list[int]:
+    """Which of the committed steps retention keeps; without a rule, all."""
+    if ckpt.keep_last is None and ckpt.keep_interval is None:
+        return steps
+    newest = set(steps[-(ckpt.keep_last or 1) :])
+    return [s for s in steps if s in newest or (ckpt.keep_interval and s % ckpt.keep_interval == 0)]
+
+
+def retain(stage: Stage, ckpt: CkptConfig) -> list[int]:
+    """Delete what the rules do not keep, after the newest one was read back.
+
+    Returns the steps that went. Raises: Damaged if the newest does not verify: then nothing goes.
+    """
+    steps = list(durable.committed(stage.paths.checkpoints))
+    gone = sorted(set(steps) - set(kept(steps, ckpt)))
+    if gone:
+        durable.verify(stage.paths.checkpoint(steps[-1]))
+    for step in gone:
+        stage.remove(stage.paths.checkpoint(step))
+    return gone
+
+
+def prune_batches(stage: Stage, *, consumed: int, ckpt: CkptConfig | None) -> None:
+    """Delete the batches that no resume can need: called when policy `consumed` is published.
+
+    Without checkpoints a consumed batch is done. With `keep_last` batches stay from the oldest of the
+    newest K checkpoints on; without it all stay, so that step 0 remains an implicit checkpoint.
+    """
+    if ckpt is None:
+        oldest = consumed
+    elif ckpt.keep_last is None:
+        return
+    else:
+        steps = list(durable.committed(stage.paths.checkpoints))
+        if not steps:
+            return
+        oldest = steps[-ckpt.keep_last :][0]
+    for step in _steps_below(stage.paths.batches, oldest):
+        stage.remove(stage.paths.batch(step))
+
+
+def prune_weights(stage: Stage, *, oldest_served: int, newest: int, async_level: int) -> None:
+    """Delete published policies below the oldest that a server may still hold.
+
+    Kept are the newest, those of every checkpoint, and for each checkpoint v the policies
+    v - async_level .. v, which sample the first batches after a resume there.
+    """
+    pinned = {newest}
+    for step in durable.committed(stage.paths.checkpoints):
+        pinned |= set(range(step - async_level, step + 1))
+    for step in _steps_below(stage.paths.weights, oldest_served):
+        if step not in pinned:
+            stage.remove(stage.paths.weight(step))
+
+
+def _steps_below(root: Path, limit: int) -> list[int]:
+    return [step for step in durable.steps(root) if step < limit]
