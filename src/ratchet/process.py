@@ -1,0 +1,37 @@
+"""What every program of a run does at its start and at its end."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from ratchet.errors import EXIT_CRASH, RatchetError
+from ratchet.log import LOGGER
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, however that happens.
+
+    Call it first thing: a parent that ended before the call is noticed by the new parent's id.
+    """
+    parent = os.environ.get("RATCHET_PARENT")
+    if parent is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        os._exit(EXIT_CRASH)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a program to its exit code: an error that we raise on purpose is one log line, not a traceback."""
+    try:
+        code = main()
+    except RatchetError as error:
+        LOGGER.error("%s", error)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,283 @@
+"""Where a run continues: decided by a pure function, carried out under the run's lock.
+
+    survey   what is on the disk          ─► Listing
+    plan     Listing + Request            ─► Plan, or a Refusal; no I/O
+    apply    Plan                         ─► published names moved aside, metric rows rewound
+
+The plan is committed in the attempt's record before it is applied, and every part of `apply` may be
+repeated: a launcher that dies inside leaves an intent that the next start finishes.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from ratchet import batchlog, durable, metrics
+from ratchet.attempts import Plan
+from ratchet.durable import Stage
+from ratchet.errors import Damaged, Refusal
+from ratchet.paths import RunPaths, step_name
+
+LOGS = ("trainer", "orchestrator", "evals")
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """The published steps of a run directory; `damaged` maps those that failed a check to the sentence."""
+
+    checkpoints: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+    evals: tuple[int, ...] = ()
+    damaged_checkpoints: dict[int, str] = {}
+    damaged_batches: dict[int, str] = {}
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command asks for, next to what the last attempt left."""
+
+    kind: str
+    max_steps: int
+    resume_step: int | None = None
+    """None: not stated; -1: the newest."""
+    has_run: bool = False
+    """An attempt was begun in this directory."""
+    is_same: bool = False
+    """This command is the one of the last attempt, whose own request was carried out."""
+    was_finished: bool = False
+    """The last attempt ended with exit 0."""
+    on_corrupt: str = "stop"
+
+
+def survey(paths: RunPaths) -> Listing:
+    """List what is published, by the cheap check; `plan`'s choice is verified byte by byte afterwards."""
+    checkpoints, damaged_checkpoints = _sound(paths.checkpoints)
+    batches, damaged_batches = _sound(paths.batches)
+    return Listing(
+        checkpoints=checkpoints,
+        batches=batches,
+        weights=tuple(durable.steps(paths.weights)),
+        evals=tuple(durable.steps(paths.evals)),
+        damaged_checkpoints=damaged_checkpoints,
+        damaged_batches=damaged_batches,
+    )
+
+
+def _sound(root: Path) -> tuple[tuple[int, ...], dict[int, str]]:
+    sound, damaged = [], {}
+    for step in durable.steps(root):
+        directory = root / step_name(step)
+        try:
+            durable.check_sizes(directory, durable.read_manifest(directory))
+            sound.append(step)
+        except Damaged as error:
+            damaged[step] = str(error)
+    return tuple(sound), damaged
+
+
+def plan(listing: Listing, request: Request) -> Plan:
+    """Decide where to continue. Pure. Raises: Refusal with the remedy."""
+    if not request.has_run:
+        return _plan_fresh(request)
+    if request.is_same and request.was_finished:
+        return Plan(complete=True, step=request.max_steps, messages=("This run is complete.",))
+    if request.resume_step is None and not request.is_same:
+        raise Refusal(
+            "This directory holds a run that was started by another command: continue it with "
+            "--ckpt.resume-step -1, or give the new run another --output-dir."
+        )
+    asked = None if request.is_same else request.resume_step
+    if asked is None or asked == -1:
+        step = _newest(listing, request)
+        return _plan_newest(listing, request, step)
+    return _plan_step(listing, request, asked)
+
+
+def _plan_fresh(request: Request) -> Plan:
+    if request.resume_step is None:
+        return Plan()
+    if request.resume_step == -1:
+        return Plan(messages=("Nothing to resume here yet: this is a fresh run.",))
+    raise Refusal(
+        f"There is no checkpoint of step {request.resume_step}: this directory holds no run yet. "
+        "Start without --ckpt.resume-step."
+    )
+
+
+def _newest(listing: Listing, request: Request) -> int:
+    """The newest sound checkpoint; 0 where there is none. Raises: Refusal if a newer one is damaged."""
+    sound = max(listing.checkpoints, default=0)
+    newer = [step for step in listing.damaged_checkpoints if step > sound]
+    if newer and request.on_corrupt == "stop":
+        instead = f"the newest sound one is step {sound}" if sound else "no other checkpoint is sound"
+        raise Refusal(
+            f"{listing.damaged_checkpoints[max(newer)]} "
+            f"Move it aside and continue from an older state with --ckpt.on-corrupt fallback; {instead}."
+        )
+    return sound
+
+
+def _plan_newest(listing: Listing, request: Request, step: int) -> Plan:
+    _check_max_steps(step, request)
+    if step == request.max_steps and request.was_finished:
+        message = f"Nothing to do: the run is complete at step {step}."
+        return Plan(complete=True, step=step, messages=(message,))
+    if step == 0:
+        return _plan_from_start(listing, request)
+    return _continue(listing, request, step, f"Continuing at step {step}, from {step_name(step)}")
+
+
+def _plan_from_start(listing: Listing, request: Request) -> Plan:
+    """No checkpoint: the initial weights are one, as long as every batch since step 0 is there."""
+    if request.kind == "sft":
+        return _continue(listing, request, 0, "Nothing was saved yet: starting at step 0")
+    if 0 in listing.batches or not (listing.batches or any(step > 0 for step in listing.weights)):
+        return _continue(listing, request, 0, "No checkpoint yet: continuing from the initial weights")
+    message = (
+        "No checkpoint was made and the first batches are gone, so nothing can be continued: "
+        "starting again at step 0; what was there is moved to superseded/."
+    )
+    return Plan(rollback=True, supersede=_past(listing, 0), messages=(message,))
+
+
+def _plan_step(listing: Listing, request: Request, step: int) -> Plan:
+    if step in listing.damaged_checkpoints:
+        raise Refusal(f"{listing.damaged_checkpoints[step]} Sound checkpoints: {_names(listing.checkpoints)}.")
+    if step > 0 and step not in listing.checkpoints:
+        raise Refusal(f"There is no checkpoint of step {step}; there are: {_names(listing.checkpoints)}.")
+    _check_max_steps(step, request)
+    if step == max(listing.checkpoints, default=0):
+        if step == 0:
+            return _plan_from_start(listing, request)
+        if step == request.max_steps and request.was_finished:
+            message = f"Nothing to do: the run is complete at step {step}."
+            return Plan(complete=True, step=step, messages=(message,))
+        return _continue(listing, request, step, f"Resuming at step {step}")
+    moved = _past(listing, step)
+    message = f"Rolling back to step {step}: what came after it is moved to superseded/."
+    return Plan(
+        step=step,
+        from_checkpoint=step > 0,
+        next_batch=step,
+        rollback=True,
+        supersede=moved,
+        messages=(message,),
+    )
+
+
+def _check_max_steps(step: int, request: Request) -> None:
+    if step > request.max_steps:
+        raise Refusal(
+            f"max_steps is {request.max_steps}, but the run stands at step {step}: raise --max-steps, "
+            "or roll back with --ckpt.resume-step."
+        )
+
+
+def _continue(listing: Listing, request: Request, step: int, message: str) -> Plan:
+    """Restore `step` and replay the contiguous, sound part of the log behind it."""
+    end = step
+    while end in listing.batches:
+        end += 1
+    messages = [f"{message}, replaying batches {step} to {end - 1}." if end > step else f"{message}."]
+    aside = [f"checkpoints/{step_name(s)}" for s in sorted(listing.damaged_checkpoints)]
+    messages += [f"{listing.damaged_checkpoints[s]} It is moved aside." for s in sorted(listing.damaged_checkpoints)]
+    beyond = sorted(s for s in {*listing.batches, *listing.damaged_batches} if s >= end)
+    if beyond:
+        why = listing.damaged_batches.get(end, f"Batch {end} is missing from the log.")
+        messages.append(f"{why} The batches from {end} on are moved aside and generated again.")
+    aside += [f"batches/{step_name(s)}" for s in beyond]
+    return Plan(
+        step=step,
+        from_checkpoint=step > 0,
+        next_batch=end if request.kind == "rl" else step,
+        supersede=tuple(aside),
+        messages=tuple(messages),
+    )
+
+
+def _past(listing: Listing, step: int) -> tuple[str, ...]:
+    """Everything that a rollback to `step` moves aside, newest first."""
+    found = [
+        *(("batches", s) for s in {*listing.batches, *listing.damaged_batches} if s >= step),
+        *(("checkpoints", s) for s in {*listing.checkpoints, *listing.damaged_checkpoints} if s > step),
+        *(("weights", s) for s in listing.weights if s > step),
+        *(("evals", s) for s in listing.evals if s > step),
+    ]
+    return tuple(f"{root}/{step_name(s)}" for root, s in sorted(found, key=lambda item: (-item[1], item[0])))
+
+
+def _names(steps: Iterable[int]) -> str:
+    return ", ".join(str(step) for step in steps) or "none"
+
+
+def verify(paths: RunPaths, chosen: Plan, listing: Listing) -> Listing:
+    """Read every byte that a plan relies on; what fails becomes damage in the listing that is returned."""
+    bad_checkpoints, bad_batches = dict(listing.damaged_checkpoints), dict(listing.damaged_batches)
+    if chosen.from_checkpoint:
+        _verify_one(paths.checkpoint(chosen.step), chosen.step, bad_checkpoints)
+    for step in range(chosen.step, chosen.next_batch):
+        _verify_one(paths.batch(step), step, bad_batches)
+    return msgspec.structs.replace(
+        listing,
+        checkpoints=tuple(s for s in listing.checkpoints if s not in bad_checkpoints),
+        batches=tuple(s for s in listing.batches if s not in bad_batches),
+        damaged_checkpoints=bad_checkpoints,
+        damaged_batches=bad_batches,
+    )
+
+
+def _verify_one(directory: Path, step: int, damaged: dict[int, str]) -> None:
+    try:
+        durable.verify(directory)
+    except Damaged as error:
+        damaged[step] = str(error)
+
+
+def decide(paths: RunPaths, request: Request) -> Plan:
+    """Plan, verify the choice, and plan again with the verdict until it holds. Raises: Refusal."""
+    listing = survey(paths)
+    while True:
+        chosen = plan(listing, request)
+        if chosen.complete:
+            return chosen
+        checked = verify(paths, chosen, listing)
+        if checked == listing:
+            return chosen
+        listing = checked
+
+
+def apply(stage: Stage, chosen: Plan, attempt: int) -> None:
+    """Carry a committed plan out. Repeating it after a crash inside changes nothing more."""
+    paths = stage.paths
+    aside = paths.superseded / f"{attempt:03d}"
+    for name in chosen.supersede:
+        target = aside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage.move(paths.root / name, target)
+        durable.crash_point("rollback.moved")
+    limits = {"trainer": chosen.step, "orchestrator": chosen.next_batch}
+    for role in LOGS:
+        limit = limits.get(role, max(durable.steps(paths.evals), default=-1))
+        _rewind(stage, paths.metric(role), limit, aside if chosen.rollback else None)
+    _complete_orchestrator_rows(stage, chosen)
+
+
+def _rewind(stage: Stage, path: Path, limit: int, aside: Path | None) -> None:
+    """Cut the rows past `limit`; a rollback keeps what it cuts."""
+    if aside is not None:
+        cut = [row for row in metrics.read(path) if row["step"] > limit]
+        if cut:
+            (aside / "metrics").mkdir(parents=True, exist_ok=True)
+            lines = b"".join(msgspec.json.encode(row) + b"\n" for row in cut)
+            stage.replace(aside / "metrics" / path.name, lines)
+    metrics.rewind(stage, path, limit)
+
+
+def _complete_orchestrator_rows(stage: Stage, chosen: Plan) -> None:
+    """A row is born inside its batch: one that was not appended before a crash is appended now."""
+    path = stage.paths.metric("orchestrator")
+    rows = metrics.read(path)
+    last = rows[-1]["step"] if rows else 0
+    for step in range(last, chosen.next_batch):
+        if stage.paths.batch(step).exists():
+            metrics.append(stage, path, batchlog.read_metrics(stage.paths.batch(step)))
