@@ -81,12 +81,15 @@ def _hash(record: Record) -> str:
     return hash_bytes(msgspec.json.encode(msgspec.structs.replace(record, hash="")))
 
 
+def _encode(record: Record) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1)
+
+
 def write(stage: Stage, record: Record) -> Record:
     """Replace the record of its attempt."""
     record = msgspec.structs.replace(record, hash="")
     record = msgspec.structs.replace(record, hash=_hash(record))
-    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    stage.replace(stage.paths.attempt(record.attempt) / RECORD, data)
+    stage.replace(stage.paths.attempt(record.attempt) / RECORD, _encode(record))
     return record
 
 
@@ -94,10 +97,11 @@ def read(paths: RunPaths, attempt: int) -> Record:
     """Raises: Damaged."""
     path = paths.attempt(attempt) / RECORD
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=Record)
-    except (FileNotFoundError, msgspec.MsgspecError) as error:
+        data = path.read_bytes()
+        record = msgspec.json.decode(data, type=Record)
+    except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise Damaged(f"{path} cannot be read ({error}).") from None
-    if _hash(record) != record.hash:
+    if _hash(record) != record.hash or _encode(record) != data:
         raise Damaged(
             f"{path} is damaged: it states hash {record.hash}, its content hashes to {_hash(record)}."
         )

@@ -90,6 +90,11 @@ def _manifest_hash(manifest: Manifest) -> str:
     return hash_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, hash="")))
 
 
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest: a reader accepts these and no others, so that every byte counts."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read and check one manifest.
 
@@ -97,18 +102,17 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        data = path.read_bytes()
+        manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError:
         raise Damaged(f"{directory} has no {MANIFEST}: it was never committed.") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} does not parse ({error}): it is damaged.") from None
-    found = _manifest_hash(manifest)
-    if manifest.hash != found:
-        raise Damaged(f"{path} is damaged: it states hash {manifest.hash}, its content hashes to {found}.")
     if manifest.format > FORMAT:
-        raise Damaged(
-            f"{path} has format {manifest.format}; this version reads up to {FORMAT}: upgrade Ratchet."
-        )
+        raise Damaged(f"{path} has format {manifest.format}; this version reads up to {FORMAT}: upgrade Ratchet.")
+    found = _manifest_hash(manifest)
+    if manifest.hash != found or encode_manifest(manifest) != data:
+        raise Damaged(f"{path} is damaged: it states hash {manifest.hash}, its content hashes to {found}.")
     named = parse_step(directory.name)
     if named is not None and named != manifest.step:
         raise Damaged(f"{path} states step {manifest.step}, its directory states {named}.")
@@ -209,7 +213,7 @@ class Stage:
         point = manifest.kind
         crash_point(f"{point}.before_manifest")
         path = directory / MANIFEST
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        path.write_bytes(encode_manifest(manifest))
         fsync_path(path)
         for folder in {p.parent for p in directory.rglob("*")} | {directory}:
             fsync_path(folder)

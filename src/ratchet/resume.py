@@ -142,7 +142,9 @@ def _plan_from_start(listing: Listing, request: Request) -> Plan:
 
 def _plan_step(listing: Listing, request: Request, step: int) -> Plan:
     if step in listing.damaged_checkpoints:
-        raise Refusal(f"{listing.damaged_checkpoints[step]} Sound checkpoints: {_names(listing.checkpoints)}.")
+        raise Refusal(
+            f"{listing.damaged_checkpoints[step]} Sound checkpoints: {_names(listing.checkpoints)}."
+        )
     if step > 0 and step not in listing.checkpoints:
         raise Refusal(f"There is no checkpoint of step {step}; there are: {_names(listing.checkpoints)}.")
     _check_max_steps(step, request)
@@ -180,7 +182,9 @@ def _continue(listing: Listing, request: Request, step: int, message: str) -> Pl
         end += 1
     messages = [f"{message}, replaying batches {step} to {end - 1}." if end > step else f"{message}."]
     aside = [f"checkpoints/{step_name(s)}" for s in sorted(listing.damaged_checkpoints)]
-    messages += [f"{listing.damaged_checkpoints[s]} It is moved aside." for s in sorted(listing.damaged_checkpoints)]
+    messages += [
+        f"{listing.damaged_checkpoints[s]} It is moved aside." for s in sorted(listing.damaged_checkpoints)
+    ]
     beyond = sorted(s for s in {*listing.batches, *listing.damaged_batches} if s >= end)
     if beyond:
         why = listing.damaged_batches.get(end, f"Batch {end} is missing from the log.")

@@ -1,0 +1,96 @@
+"""The commands `sft`, `rl`, `trainer`, `orchestrator`, `inference`: parse, check, run, exit code.
+
+Heavy imports wait until a command needs them: a refusal is said in well under a second.
+"""
+
+import sys
+from typing import NoReturn, TypeVar
+
+from ratchet import launch, log, process
+from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig, load
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def _parse(cls: type[C], role: str) -> C:
+    log.setup(role)
+    config = load(cls, sys.argv[1:])
+    log.setup(role, config.log.level)
+    return config
+
+
+def sft() -> NoReturn:
+    """Supervised fine-tuning."""
+    process.run(_sft)
+
+
+def _sft() -> int:
+    config = _parse(SFTConfig, "sft")
+    return launch.run("sft", config, ("trainer",), lambda: _check_sft(config))
+
+
+def _check_sft(config: SFTConfig) -> None:
+    from ratchet.chat import Chat
+    from ratchet.models.check import check_model
+    from ratchet.trainer.sft_data import check_data
+
+    check_model(config.model)
+    check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
+
+
+def rl() -> NoReturn:
+    """Asynchronous RL: the trainer, the orchestrator and, given an [inference] section, inference."""
+    process.run(_rl)
+
+
+def _rl() -> int:
+    config = _parse(RLConfig, "rl")
+    roles = ("inference", "orchestrator", "trainer")
+    return launch.run("rl", config, roles, lambda: _check_rl(config))
+
+
+def _check_rl(config: RLConfig) -> None:
+    from ratchet.models.check import check_model
+    from ratchet.orchestrator.check import check, probe
+
+    check_model(config.model)
+    check(config)
+    if config.inference is None:
+        probe(config)
+
+
+def trainer() -> NoReturn:
+    """The trainer of an RL run alone: it opens the attempt, other machines join it."""
+    process.run(_trainer)
+
+
+def _trainer() -> int:
+    config = _parse(RLConfig, "trainer")
+    from ratchet.models.check import check_model
+
+    return launch.run("rl", config, ("trainer",), lambda: check_model(config.model))
+
+
+def orchestrator() -> NoReturn:
+    """The orchestrator of an RL run alone: it joins the attempt that a trainer opened."""
+    process.run(_orchestrator)
+
+
+def _orchestrator() -> int:
+    config = _parse(RLConfig, "orchestrator")
+    return launch.join_orchestrator(config)
+
+
+def inference() -> NoReturn:
+    """A standing inference server."""
+    process.run(_inference)
+
+
+def _inference() -> int:
+    config = _parse(ServerConfig, "inference")
+    from ratchet.models.check import check_model
+
+    check_model(config.model)
+    from ratchet.inference.__main__ import serve
+
+    return serve(config)

@@ -1,0 +1,135 @@
+"""The commit protocol: what is published is whole, what is damaged is named, a fenced process publishes nothing."""
+
+import os
+
+import pytest
+
+from ratchet import durable
+from ratchet.durable import Stage
+from ratchet.errors import Damaged, Fenced, RatchetError
+from ratchet.paths import RunPaths
+from ratchet.records import Manifest
+
+
+@pytest.fixture
+def paths(tmp_path):
+    found = RunPaths(tmp_path / "run")
+    for directory in (found.staging, found.checkpoints):
+        directory.mkdir(parents=True)
+    return found
+
+
+@pytest.fixture
+def stage(paths):
+    return Stage.open(paths, "001.trainer.1")
+
+
+def publish(stage, step, content=b"state"):
+    directory = stage.begin(f"checkpoint_{step}")
+    (directory / "trainer").mkdir()
+    (directory / "trainer" / "shard").write_bytes(content)
+    manifest = Manifest(kind="checkpoint", step=step, attempt=1, files=tuple(durable.seal(directory)))
+    return stage.commit(directory, stage.paths.checkpoint(step), manifest)
+
+
+def test_a_published_directory_is_committed_and_verifies(stage):
+    publish(stage, 3)
+    assert list(durable.committed(stage.paths.checkpoints)) == [3]
+    manifest = durable.verify(stage.paths.checkpoint(3))
+    assert [(f.name, f.size) for f in manifest.files] == [("trainer/shard", 5)]
+
+
+def test_a_torn_directory_is_never_committed(stage):
+    publish(stage, 3)
+    torn = stage.paths.checkpoint(9)
+    torn.mkdir()
+    (torn / "shard").write_bytes(b"half")
+    assert list(durable.committed(stage.paths.checkpoints)) == [3]
+
+
+def test_steps_are_ordered_by_number(stage):
+    for step in (10, 9, 100):
+        publish(stage, step)
+    assert list(durable.committed(stage.paths.checkpoints)) == [9, 10, 100]
+
+
+def test_a_flipped_bit_is_named_with_both_hashes(stage):
+    publish(stage, 3)
+    (stage.paths.checkpoint(3) / "trainer" / "shard").write_bytes(b"statf")
+    with pytest.raises(Damaged, match=r"trainer/shard is damaged: expected xxh3 \w+, found \w+"):
+        durable.verify(stage.paths.checkpoint(3))
+
+
+def test_a_truncated_file_is_not_committed(stage):
+    publish(stage, 3)
+    (stage.paths.checkpoint(3) / "trainer" / "shard").write_bytes(b"stat")
+    assert durable.committed(stage.paths.checkpoints) == {}
+    with pytest.raises(Damaged, match="has 4 bytes; its manifest says 5"):
+        durable.verify(stage.paths.checkpoint(3))
+
+
+def test_every_byte_of_a_manifest_counts(stage):
+    publish(stage, 3)
+    path = stage.paths.checkpoint(3) / durable.MANIFEST
+    data = path.read_bytes()
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert durable.read_committed(stage.paths.checkpoint(3)) is None, position
+    path.write_bytes(data)
+    assert durable.read_committed(stage.paths.checkpoint(3)) is not None
+
+
+def test_a_directory_under_another_step_is_damaged(stage):
+    publish(stage, 3)
+    os.rename(stage.paths.checkpoint(3), stage.paths.checkpoint(4))
+    assert durable.committed(stage.paths.checkpoints) == {}
+
+
+def test_the_same_content_again_is_a_no_op_and_other_content_is_refused(stage):
+    publish(stage, 3)
+    publish(stage, 3)
+    with pytest.raises(RatchetError, match="never overwritten"):
+        publish(stage, 3, b"other")
+    assert (stage.paths.checkpoint(3) / "trainer" / "shard").read_bytes() == b"state"
+
+
+def test_a_revoked_process_can_publish_delete_and_append_nothing(stage, paths):
+    publish(stage, 3)
+    staged = stage.begin("checkpoint_4")
+    (staged / "shard").write_bytes(b"x")
+    manifest = Manifest(kind="checkpoint", step=4, attempt=1, files=tuple(durable.seal(staged)))
+    successor = Stage.open(paths, "002.launcher.0")
+    durable.revoke(paths, by=successor)
+
+    for attempt in (
+        lambda: stage.commit(staged, paths.checkpoint(4), manifest),
+        lambda: stage.begin("again"),
+        lambda: stage.remove(paths.checkpoint(3)),
+        lambda: stage.append(paths.root / "rows", b"row"),
+        lambda: stage.replace(paths.root / "file", b"data"),
+    ):
+        with pytest.raises((Fenced, FileNotFoundError)):
+            attempt()
+    assert list(durable.committed(paths.checkpoints)) == [3]
+    assert not (paths.root / "rows").exists()
+    assert os.listdir(paths.staging) == ["002.launcher.0"]
+
+
+def test_a_token_is_never_used_twice(stage, paths):
+    with pytest.raises(FileExistsError):
+        Stage.open(paths, stage.token)
+
+
+def test_removal_leaves_no_half_of_a_directory_under_its_name(stage):
+    publish(stage, 3)
+    stage.remove(stage.paths.checkpoint(3))
+    assert not stage.paths.checkpoint(3).exists()
+    assert os.listdir(stage.directory) == []
+    stage.remove(stage.paths.checkpoint(3))
+
+
+def test_a_file_is_replaced_whole(stage):
+    path = stage.paths.root / "run.toml"
+    stage.replace(path, b"one")
+    stage.replace(path, b"two")
+    assert path.read_bytes() == b"two"
