@@ -4,6 +4,7 @@ Each leaf carries a mark that says what may happen to it on resume:
 `Free` may change silently, `Announced` is printed and recorded, `Fixed` is refused.
 """
 
+import difflib
 import enum
 import tomllib
 from collections.abc import Iterator
@@ -369,15 +370,25 @@ def load(cls: type[C], argv: list[str]) -> C:
     try:
         return cli(cls, args=argv)
     except ConfigFileError as error:
-        raise Refusal(_one_sentence(error.message)) from None
+        raise Refusal(_one_sentence(cls, error.message)) from None
 
 
-def _one_sentence(message: str) -> str:
+def _one_sentence(cls: type[RunConfig], message: str) -> str:
     """Fold the parser's multi-line report: `--flag: what is wrong; --flag: what is wrong`."""
     head, *lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return head
-    return "; ".join(f"{flag}: {what}" for flag, what in zip(lines[::2], lines[1::2], strict=False)) + "."
+    pairs = list(zip(lines[::2], lines[1::2], strict=False))
+    return "; ".join(f"{flag}: {_with_hint(cls, flag, what)}" for flag, what in pairs) + "."
+
+
+def _with_hint(cls: type[RunConfig], flag: str, what: str) -> str:
+    """Name the nearest flag to one that does not exist, wherever in the tree it is."""
+    if not what.startswith("Extra inputs"):
+        return what
+    known = [f"--{key.replace('_', '-')}" for key in marks(cls)]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return "there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def dump(config: BaseModel) -> dict[str, Any]:

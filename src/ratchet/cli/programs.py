@@ -6,8 +6,10 @@ Heavy imports wait until a command needs them: a refusal is said in well under a
 import sys
 from typing import NoReturn, TypeVar
 
-from ratchet import launch, log, process
+from ratchet import log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig, load
+from ratchet.launch.join import join_orchestrator
+from ratchet.launch.run import run
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -26,7 +28,7 @@ def sft() -> NoReturn:
 
 def _sft() -> int:
     config = _parse(SFTConfig, "sft")
-    return launch.run("sft", config, ("trainer",), lambda: _check_sft(config))
+    return run("sft", config, ("trainer",), lambda: _check_sft(config))
 
 
 def _check_sft(config: SFTConfig) -> None:
@@ -46,7 +48,7 @@ def rl() -> NoReturn:
 def _rl() -> int:
     config = _parse(RLConfig, "rl")
     roles = ("inference", "orchestrator", "trainer")
-    return launch.run("rl", config, roles, lambda: _check_rl(config))
+    return run("rl", config, roles, lambda: _check_rl(config))
 
 
 def _check_rl(config: RLConfig) -> None:
@@ -68,7 +70,7 @@ def _trainer() -> int:
     config = _parse(RLConfig, "trainer")
     from ratchet.models.check import check_model
 
-    return launch.run("rl", config, ("trainer",), lambda: check_model(config.model))
+    return run("rl", config, ("trainer",), lambda: check_model(config.model))
 
 
 def orchestrator() -> NoReturn:
@@ -78,7 +80,7 @@ def orchestrator() -> NoReturn:
 
 def _orchestrator() -> int:
     config = _parse(RLConfig, "orchestrator")
-    return launch.join_orchestrator(config)
+    return join_orchestrator(config)
 
 
 def inference() -> NoReturn:

@@ -1,0 +1,1 @@
+"""Layer 5: from a command to an exit code."""

@@ -1,0 +1,87 @@
+"""The orchestrator on another machine: join the attempt that a trainer opened, leave when it closes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from ratchet import attempts, durable
+from ratchet.attempts import Record
+from ratchet.config import RLConfig
+from ratchet.durable import Stage
+from ratchet.errors import EXIT_OK, EXIT_STOPPED, Damaged, Refusal
+from ratchet.launch.supervisor import child_environment
+from ratchet.log import LOGGER
+from ratchet.paths import RunPaths
+
+POLL_S = 0.2
+
+
+def join_orchestrator(config: RLConfig) -> int:
+    """Run an orchestrator for the open attempt of `config.output_dir`; exit 75 when the attempt closes.
+
+    Raises: Refusal if no attempt opens within `client.wait_s`.
+    """
+    paths = RunPaths(config.output_dir)
+    record = _wait_for_attempt(paths, config.orchestrator.client.wait_s)
+    incarnation = _take_over(paths, record)
+    LOGGER.info("joining attempt %d of %s", record.attempt, paths.root)
+    command = [
+        sys.executable,
+        "-m",
+        "ratchet.orchestrator",
+        str(paths.root),
+        str(record.attempt),
+        str(incarnation),
+    ]
+    child = subprocess.Popen(
+        [*command, "--base-url", config.orchestrator.client.base_url],
+        env=child_environment(threads=1),
+        start_new_session=True,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: child.terminate())
+    return _watch(paths, record, child)
+
+
+def _open(paths: RunPaths) -> Record | None:
+    try:
+        record = attempts.newest(paths)
+    except Damaged:
+        return None
+    return record if record is not None and record.applied and record.outcome is None else None
+
+
+def _wait_for_attempt(paths: RunPaths, wait_s: float) -> Record:
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if (record := _open(paths)) is not None:
+            return record
+        time.sleep(POLL_S)
+    raise Refusal(
+        f"No attempt is open in {paths.root} after {wait_s:g} s: start `uv run trainer` with the same files first."
+    )
+
+
+def _take_over(paths: RunPaths, record: Record) -> int:
+    """Fence an older orchestrator of this attempt; returns the incarnation of the new one."""
+    prefix = attempts.token(record.attempt, "orchestrator", 0)[:-1]
+    known = [int(n.rpartition(".")[2]) for n in os.listdir(paths.staging) if n.startswith(prefix)]
+    incarnation = max(known, default=0) + 1
+    stage = Stage.open(paths, attempts.token(record.attempt, "joining", os.getpid()))
+    durable.revoke(paths, by=stage, prefix=prefix)
+    stage.directory.rmdir()
+    return incarnation
+
+
+def _watch(paths: RunPaths, record: Record, child: "subprocess.Popen[bytes]") -> int:
+    while child.poll() is None:
+        current = attempts.newest(paths)
+        ended = current is None or current.attempt != record.attempt or current.outcome is not None
+        if ended and not (current and current.outcome and current.outcome.code == EXIT_OK):
+            child.terminate()
+            child.wait()
+            return EXIT_STOPPED
+        time.sleep(POLL_S)
+    return child.returncode

@@ -1,0 +1,182 @@
+"""Open an attempt: lock ─► finish an open intent ─► plan ─► record ─► apply.
+
+Nothing of the run is touched before the record, which is the commit of the plan; everything after it may be
+repeated by the next start.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ratchet import attempts, durable, resume
+from ratchet import config as configs
+from ratchet.attempts import Lock, Outcome, Plan, Record
+from ratchet.config import OnResume, RunConfig
+from ratchet.durable import Stage
+from ratchet.errors import EXIT_OK, Refusal
+from ratchet.paths import RunPaths
+
+
+@dataclass
+class Attempt:
+    """An open attempt: the launcher holds the lock and its own workshop."""
+
+    paths: RunPaths
+    lock: Lock
+    stage: Stage
+    record: Record
+    config: RunConfig
+
+    def close(self, code: int, reason: str) -> None:
+        """Record the outcome and leave no workshop behind."""
+        self.record = attempts.write(
+            self.stage, msgspec.structs.replace(self.record, outcome=Outcome(code, reason))
+        )
+        durable.revoke(self.paths, by=self.stage)
+        shutil.rmtree(self.stage.directory)
+        self.lock.release()
+
+
+def open_attempt(kind: str, config: RunConfig, check: Callable[[], None]) -> Attempt | Plan:
+    """Take the lock, plan and apply; or return the plan of a run that is complete already.
+
+    `check` raises a Refusal for input that no program could use; it runs when there is work to be done.
+
+    Raises: Refusal, before anything of the run was touched.
+    """
+    paths = RunPaths(config.output_dir)
+    _make_root(paths)
+    lock = Lock(paths)
+    lock.acquire()
+    last = attempts.newest(paths)
+    number = _next_number(paths)
+    stage = Stage.open(paths, attempts.token(number, "launcher", 0))
+    try:
+        durable.revoke(paths, by=stage)
+        if last is not None and not last.applied:
+            last = _carry_out(stage, last)
+        chosen, announced = _decide(kind, paths, config, last)
+        if not chosen.complete:
+            check()
+            record = _begin(stage, kind, config, number, last, chosen, announced)
+            return Attempt(paths, lock, stage, _carry_out(stage, record), config)
+    except BaseException:
+        shutil.rmtree(stage.directory, ignore_errors=True)
+        lock.release()
+        raise
+    shutil.rmtree(stage.directory)
+    lock.release()
+    return chosen
+
+
+def _make_root(paths: RunPaths) -> None:
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        paths.staging.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Refusal(
+            f"The run directory {paths.root} cannot be written ({error.strerror}): choose another --output-dir."
+        ) from None
+
+
+def _next_number(paths: RunPaths) -> int:
+    """Above every number that an attempt or a workshop ever had, so that no token is used twice."""
+    names = [*_names(paths.attempts), *_names(paths.staging)]
+    return 1 + max((int(n[:3]) for n in names if n[:3].isdigit()), default=0)
+
+
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory) if directory.exists() else []
+
+
+def _decide(
+    kind: str, paths: RunPaths, config: RunConfig, last: Record | None
+) -> tuple[Plan, tuple[str, ...]]:
+    announced: tuple[str, ...] = ()
+    is_same = False
+    if last is not None:
+        if last.kind != kind:
+            raise Refusal(f"{paths.root} holds a run of `{last.kind}`: give this one another --output-dir.")
+        old = attempts.read_config(paths, last)
+        is_same = configs.dump(old) == configs.dump(config)
+        announced = _check_changes(old, config)
+    ckpt = config.ckpt
+    request = resume.Request(
+        kind=kind,
+        max_steps=config.max_steps,
+        resume_step=ckpt.resume_step if ckpt else None,
+        has_run=last is not None,
+        is_same=is_same,
+        was_finished=last is not None and last.outcome is not None and last.outcome.code == EXIT_OK,
+        on_corrupt=ckpt.on_corrupt if ckpt else "stop",
+    )
+    return resume.decide(paths, request), announced
+
+
+def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
+    """What is said aloud about a changed configuration. Raises: Refusal for a fixed key."""
+    found = configs.changes(old, new)
+    fixed = [str(change) for change in found if change.mark is OnResume.FIXED]
+    if fixed and new.ckpt is not None and new.ckpt.resume_step is not None:
+        raise Refusal(
+            f"A resumed run may not change {'; '.join(fixed)}: restore the old value, "
+            "or start a new run with another --output-dir."
+        )
+    return tuple(str(change) for change in found if change.mark is OnResume.ANNOUNCED)
+
+
+def _begin(
+    stage: Stage,
+    kind: str,
+    config: RunConfig,
+    number: int,
+    last: Record | None,
+    chosen: Plan,
+    announced: tuple[str, ...],
+) -> Record:
+    """Commit the intent: the attempt's configuration, then its record with the plan."""
+    paths = stage.paths
+    environment = attempts.environment()
+    if last is not None:
+        announced += tuple(
+            f"{name}: {old} -> {environment.get(name)}"
+            for name, old in last.environment.items()
+            if environment.get(name) != old
+        )
+    paths.attempt(number).mkdir(parents=True, exist_ok=True)
+    stage.replace(paths.attempt(number) / "run.toml", configs.to_toml(config))
+    lineage = last.lineage if last else 0
+    record = Record(
+        attempt=number,
+        kind=kind,
+        run_id=last.run_id if last else secrets.token_hex(6),
+        lineage=lineage + 1 if chosen.rollback else lineage,
+        argv=attempts.argv(),
+        resume_step=config.ckpt.resume_step if config.ckpt else None,
+        plan=chosen,
+        announced=announced,
+        environment=environment,
+    )
+    return attempts.write(stage, record)
+
+
+def _carry_out(stage: Stage, record: Record) -> Record:
+    """Apply the plan of a record and say so in it; the second half of a start, or of one that died."""
+    paths = stage.paths
+    for directory in (
+        paths.batches,
+        paths.weights,
+        paths.checkpoints,
+        paths.evals,
+        paths.metrics,
+        paths.superseded,
+    ):
+        directory.mkdir(exist_ok=True)
+    resume.apply(stage, record.plan, record.attempt)
+    stage.replace(paths.run_file, (paths.attempt(record.attempt) / "run.toml").read_bytes())
+    return attempts.write(stage, msgspec.structs.replace(record, applied=True))
