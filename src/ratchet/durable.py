@@ -109,7 +109,9 @@ def read_manifest(directory: Path) -> Manifest:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} does not parse ({error}): it is damaged.") from None
     if manifest.format > FORMAT:
-        raise Damaged(f"{path} has format {manifest.format}; this version reads up to {FORMAT}: upgrade Ratchet.")
+        raise Damaged(
+            f"{path} has format {manifest.format}; this version reads up to {FORMAT}: upgrade Ratchet."
+        )
     found = _manifest_hash(manifest)
     if manifest.hash != found or encode_manifest(manifest) != data:
         raise Damaged(f"{path} is damaged: it states hash {manifest.hash}, its content hashes to {found}.")

@@ -89,12 +89,11 @@ class Supervisor:
     def _judge(self, codes: dict[str, int | None], asked: bool) -> tuple[int, str] | None:
         """What the exit codes so far mean: None while there is work to be done."""
         workers = {role: code for role, code in codes.items() if role != "inference"}
+        if asked and codes.get("trainer") in (EXIT_OK, EXIT_STOPPED):
+            self.stop_all()
+            return EXIT_STOPPED, "stopped on request"
         for role, code in codes.items():
-            if asked and role == "trainer" and code == EXIT_STOPPED:
-                self.stop_all()
-                return EXIT_STOPPED, "stopped on request"
-            ended_early = code is not None and (code != EXIT_OK or role == "inference")
-            if ended_early:
+            if code is not None and (code != EXIT_OK or role == "inference"):
                 self.stop_all()
                 return self._failure(role, code or EXIT_CRASH)
         if all(code == EXIT_OK for code in workers.values()):

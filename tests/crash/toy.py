@@ -1,0 +1,118 @@
+"""A run without torch: the real launcher, log, checkpoints, resume and retention around a model of one integer.
+
+    python toy.py RUN_DIR MAX_STEPS [flags of the real command line]
+
+The "policy" is a hash chained over the batches, so a skipped, doubled or reordered batch changes every later state.
+"""
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from ratchet import batchlog, checkpoint, durable, metrics, process, weights
+from ratchet.attempts import Plan
+from ratchet.config import RLConfig, load
+from ratchet.launch.opening import open_attempt
+from ratchet.records import Sample
+
+
+def sample(draw):
+    return Sample(
+        env="toy",
+        task=str(draw),
+        draw=draw,
+        rollout=0,
+        token_ids=[draw],
+        mask=[True],
+        logprobs=[0.0],
+        versions=[],
+        reward=1.0,
+        advantage=0.0,
+        finish_reason="stop",
+    )
+
+
+def publish_weights(stage, step, state, attempt):
+    directory = stage.begin(f"weights_{step}")
+    (directory / "model.safetensors").write_text(state)
+    weights.commit(stage, directory, step=step, attempt=attempt)
+
+
+def save(stage, step, state, config, attempt):
+    if checkpoint.is_committed(stage.paths, step):
+        return
+    directory = checkpoint.begin(stage, step)
+    (directory / "trainer" / "state").write_text(state)
+    entries = durable.seal(directory, ["trainer/state"])
+    entries += checkpoint.copy_orchestrator_state(stage, directory, step)
+    meta = {"metrics": metrics.mark(stage.paths.metric("trainer"))}
+    checkpoint.commit(
+        stage, directory, step=step, attempt=attempt, world_size=1, entries=entries, meta=meta, versions={}
+    )
+    checkpoint.retain(stage, config.ckpt)
+    checkpoint.prune_batches(stage, consumed=step, ckpt=config.ckpt)
+
+
+def restore(paths, plan):
+    if not plan.from_checkpoint:
+        return "start"
+    durable.verify(paths.checkpoint(plan.step))
+    return (paths.checkpoint(plan.step) / "trainer" / "state").read_text()
+
+
+def emit(stage, paths, step, attempt):
+    """The orchestrator's part: the state counts draws, and rides in the batch."""
+    if batchlog.is_ready(paths, step):
+        return
+    before = batchlog.read_state(paths.batch(step - 1)) if paths.batch(step - 1).exists() else None
+    if before is None and step > 0:
+        before = (paths.checkpoint(step) / checkpoint.STATE).read_bytes()
+    drawn = msgspec.json.decode(before)["drawn"] if before else 0
+    row = {"step": step + 1, "reward/mean": float(drawn)}
+    state = msgspec.json.encode({"drawn": drawn + 1})
+    batchlog.publish(
+        stage,
+        step=step,
+        attempt=attempt,
+        samples=[sample(drawn)],
+        state=state,
+        metrics=row,
+        oldest_served=step,
+    )
+    durable.crash_point("toy.before_row")
+    metrics.append(stage, paths.metric("orchestrator"), row)
+
+
+def main():
+    root, steps, *flags = sys.argv[1:]
+    arguments = ["--model.name", "toy", "--output-dir", root, "--max-steps", steps, *flags]
+    config = load(RLConfig, arguments)
+    opened = open_attempt("rl", config, lambda: None)
+    if isinstance(opened, Plan):
+        return 0
+    paths, stage, plan = opened.paths, opened.stage, opened.record.plan
+    for message in plan.messages:
+        sys.stdout.write(message + "\n")
+    attempt, state, step = opened.record.attempt, restore(paths, plan), plan.step
+    publish_weights(stage, step, state, attempt)
+    while step < config.max_steps:
+        # One batch ahead of training, as the asynchronous orchestrator is.
+        emit(stage, paths, step, attempt)
+        if step + 1 < config.max_steps:
+            emit(stage, paths, step + 1, attempt)
+        samples, _ = batchlog.read(paths, step)
+        state = durable.hash_bytes(f"{state}/{samples[0].draw}".encode())
+        step += 1
+        metrics.append(stage, paths.metric("trainer"), {"step": step, "loss": int(state[:6], 16)})
+        publish_weights(stage, step, state, attempt)
+        checkpoint.prune_weights(stage, oldest_served=step - 1, newest=step, async_level=0)
+        if config.ckpt is not None and config.ckpt.is_due(step, config.max_steps):
+            save(stage, step, state, config, attempt)
+    opened.close(0, "complete")
+    return 0
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
+    process.run(main)
