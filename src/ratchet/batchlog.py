@@ -29,11 +29,13 @@ def publish(
     state: bytes,
     metrics: dict[str, Any],
     oldest_served: int,
+    temperature: float = 1.0,
 ) -> Manifest:
     """Append batch `step` to the log.
 
     `state` is the orchestrator's state after this batch (JSON); `metrics` its row; `oldest_served` the
-    oldest policy that a live server may still hold, below which the trainer may delete weights.
+    oldest policy that a live server may still hold, below which the trainer may delete weights;
+    `temperature` that of the sampling distribution, under which the trainer compares.
     Raises: Fenced; RatchetError if another batch has this step.
     """
     directory = stage.begin(f"batch_{step}")
@@ -45,7 +47,7 @@ def publish(
         step=step,
         attempt=attempt,
         files=tuple(durable.seal(directory)),
-        meta={"oldest_served": oldest_served, "samples": len(samples)},
+        meta={"oldest_served": oldest_served, "samples": len(samples), "temperature": temperature},
     )
     return stage.commit(directory, stage.paths.batch(step), manifest)
 

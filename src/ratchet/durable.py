@@ -14,6 +14,7 @@ whatever it still tries fails with ENOENT and becomes `Fenced`.
 """
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -178,7 +179,7 @@ class Stage:
         self.paths = paths
         self.token = token
         self.directory = paths.staging / token
-        self._count = 0
+        self._numbers = itertools.count(1)  # next() is atomic: a background save shares this workshop
 
     @classmethod
     def open(cls, paths: RunPaths, token: str) -> "Stage":
@@ -195,8 +196,7 @@ class Stage:
 
     def begin(self, name: str) -> Path:
         """A fresh directory to write into; its name is unique within this process."""
-        self._count += 1
-        directory = self.directory / f"{self._count}-{name}"
+        directory = self.directory / f"{next(self._numbers)}-{name}"
         try:
             directory.mkdir()
         except FileNotFoundError:
@@ -249,8 +249,7 @@ class Stage:
 
     def replace(self, path: Path, data: bytes) -> None:
         """Put a small file in place of its older version, atomically."""
-        self._count += 1
-        staged = self.directory / f"{self._count}-{path.name}"
+        staged = self.directory / f"{next(self._numbers)}-{path.name}"
         try:
             staged.write_bytes(data)
         except FileNotFoundError:
@@ -273,8 +272,7 @@ class Stage:
 
     def remove(self, path: Path) -> None:
         """Delete a published directory: it stops existing at once, its bytes go afterwards."""
-        self._count += 1
-        grave = self.directory / f"del-{self._count}-{path.name}"
+        grave = self.directory / f"del-{next(self._numbers)}-{path.name}"
         try:
             os.rename(path, grave)
         except FileNotFoundError:

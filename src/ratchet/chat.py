@@ -1,0 +1,238 @@
+"""Messages to tokens and back, once: the one place that knows a model's chat template.
+
+Needs the `tokenizers` library and jinja only, so that the orchestrator and the checks run without torch.
+"""
+
+import datetime
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from ratchet import hub
+from ratchet.errors import Refusal
+
+FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+]
+Message = dict[str, Any]
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Marks around what the model itself says; from a private-use area, so no text contains them.
+_OPEN, _CLOSE, _CONTENT = "\ue0a0", "\ue0a1", "\ue0a2"
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: the part of a template that the model says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark")
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        return f"{_OPEN}{text}{_CLOSE}" if self.environment.globals.get("marks_generation") else text
+
+
+class Chat:
+    """A tokenizer with its chat template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        special: dict[str, str],
+        stop_token_ids: list[int],
+        name: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._name = name
+        self.has_generation_blocks = "{% generation" in template or "{%- generation" in template
+        self.stop_token_ids = stop_token_ids
+        self._plain = self._compile(template, marks_generation=False)
+        self._marked = self._compile(template, marks_generation=True)
+
+    @classmethod
+    def load(cls, name: str) -> "Chat":
+        """Load from a model directory or hub name. Raises: Refusal with the remedy."""
+        directory = hub.snapshot(name, FILES)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise Refusal(f"{directory} has no tokenizer.json: name a tokenizer with --model.tokenizer.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise Refusal(f"{path} cannot be read as a tokenizer: {error}.") from None
+        settings = _read_json(directory / "tokenizer_config.json")
+        template = _template(directory, settings)
+        special = {key: _text(settings[key]) for key in _SPECIAL if settings.get(key)}
+        return cls(tokenizer, template, special, _stop_token_ids(directory, tokenizer, special), name)
+
+    def _compile(self, template: str, *, marks_generation: bool) -> jinja2.Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+            "marks_generation": marks_generation,
+        }
+        try:
+            return environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise Refusal(f"The chat template of {self._name} does not parse: {error}.") from None
+
+    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool, marked: bool = False) -> str:
+        template = self._marked if marked else self._plain
+        try:
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise Refusal(f"The chat template of {self._name} refuses these messages: {error}.") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without adding any special token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of a conversation, ready for the model to answer."""
+        return self.encode(self._text(messages, add_generation_prompt=add_generation_prompt))
+
+    def render_more(
+        self, before: Sequence[Message], new: Sequence[Message], *, is_closed: bool = True
+    ) -> list[int]:
+        """The tokens to append after a sampled answer: the new messages and the generation prompt.
+
+        `before` ends with the model's answer; its tokens are never rendered again. `is_closed` says that the
+        sampled tokens ended with a stop token, so the template's own is left out.
+        Raises: Refusal if the template rewrites earlier turns.
+        """
+        head = self._text(before[:-1], add_generation_prompt=True)
+        answer = {**before[-1], "content": _CONTENT}
+        full = self._text([*before[:-1], answer, *new], add_generation_prompt=True)
+        start, found, rest = full.partition(_CONTENT)
+        if not found or start != head:
+            raise Refusal(
+                f"The chat template of {self._name} rewrites earlier turns, so a conversation of several turns "
+                "cannot be continued token by token: use a template that only appends."
+            )
+        token_ids = self.encode(rest)
+        if is_closed and token_ids and token_ids[0] in self.stop_token_ids:
+            return token_ids[1:]
+        return token_ids
+
+    def render_training(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The tokens of a demonstration, and which of them the model is to learn.
+
+        With `{% generation %}` blocks in the template the mask is theirs; otherwise what each assistant
+        message adds after the generation prompt.
+        """
+        if self.has_generation_blocks:
+            return self._by_blocks(messages)
+        return self._by_prefixes(messages)
+
+    def _by_blocks(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        marked = self._text(messages, add_generation_prompt=False, marked=True)
+        spans, plain, length = [], [], 0
+        for index, piece in enumerate(marked.replace(_CLOSE, _OPEN).split(_OPEN)):
+            plain.append(piece)
+            if index % 2:
+                spans.append((length, length + len(piece)))
+            length += len(piece)
+        encoding = self._tokenizer.encode("".join(plain), add_special_tokens=False)
+        return encoding.ids, _within(encoding.offsets, spans)
+
+    def _by_prefixes(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        text = self._text(messages, add_generation_prompt=False)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            head = self._text(messages[:index], add_generation_prompt=True)
+            whole = self._text(messages[: index + 1], add_generation_prompt=False)
+            if not (text.startswith(head) and text.startswith(whole)):
+                raise Refusal(
+                    f"The chat template of {self._name} rewrites earlier turns, so it cannot tell which tokens "
+                    "the model says: add {% generation %} blocks to it."
+                )
+            spans.append((len(head), len(whole)))
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, _within(encoding.offsets, spans)
+
+
+def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens begin inside a span of characters. Both sequences are in order."""
+    mask = [False] * len(offsets)
+    remaining = iter(spans)
+    span = next(remaining, None)
+    for index, (start, end) in enumerate(offsets):
+        while span is not None and start >= span[1]:
+            span = next(remaining, None)
+        if span is None:
+            break
+        mask[index] = span[0] <= start and end > start
+    return mask
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{path} is not valid JSON: {error}.") from None
+
+
+def _template(directory: Path, settings: dict[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    template = path.read_text() if path.exists() else settings.get("chat_template")
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if not template:
+        raise Refusal(
+            f"{directory} has no chat template: add a chat_template.jinja, or name another tokenizer with "
+            "--model.tokenizer."
+        )
+    return template
+
+
+def _text(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _stop_token_ids(directory: Path, tokenizer: Tokenizer, special: dict[str, str]) -> list[int]:
+    """The tokens that end an answer: those of the generation config, and the tokenizer's end of sequence."""
+    stated = _read_json(directory / "generation_config.json").get("eos_token_id")
+    listed = stated if isinstance(stated, list) else [stated]
+    own = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return sorted({token for token in itertools.chain(listed, [own]) if token is not None})
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

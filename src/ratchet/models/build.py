@@ -1,0 +1,89 @@
+"""Models in and out: built from a config and a seed, loaded as Hugging Face models, saved as such."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ratchet import hub
+from ratchet.chat import FILES as CHAT_FILES
+from ratchet.config import ModelConfig
+from ratchet.errors import Refusal
+from ratchet.rng import derive
+
+WEIGHTS = "model.safetensors"
+_COPIED = [*CHAT_FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"]
+
+
+def build(
+    model: ModelConfig, *, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of a configuration: its weights, or random ones that are a function of the seed.
+
+    Raises: Refusal if it cannot be loaded.
+    """
+    module: Any
+    try:
+        if model.random_init:
+            module = _from_seed(model, seed).to(dtype=dtype)
+        else:
+            module = AutoModelForCausalLM.from_pretrained(
+                model.name, dtype=dtype, attn_implementation=model.attention
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refusal(f"The model {model.name} cannot be loaded: {reason}") from None
+    return module.to(device)
+
+
+def _from_seed(model: ModelConfig, seed: int) -> Any:
+    """Draw on the CPU in fp32, so that every device and every rank begins with the same numbers."""
+    config = AutoConfig.from_pretrained(hub.snapshot(model.name, ["config.json"]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=model.attention
+        )
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model, by name, on the CPU. Tied ones are there once."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def source_directory(model: ModelConfig) -> Path:
+    """Where the config and tokenizer files of a model lie on this machine."""
+    return hub.snapshot(model.name, _COPIED)
+
+
+def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) -> None:
+    """Write a directory that `from_pretrained` and vLLM load: weights, config, tokenizer and chat template.
+
+    The bytes are a function of the tensors and of the source's files, so equal policies have equal digests.
+    """
+    source = source_directory(model)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        directory / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config = read_config(source)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer = source if model.tokenizer is None else hub.snapshot(model.tokenizer, CHAT_FILES)
+    for name in _COPIED:
+        origin = source if name == "generation_config.json" else tokenizer
+        if name != "config.json" and (origin / name).exists():
+            shutil.copyfile(origin / name, directory / name)

@@ -1,0 +1,53 @@
+"""Whether the model of a configuration can be loaded, said before any program starts. Needs no torch."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+from ratchet import durable, hub
+from ratchet.config import ModelConfig
+from ratchet.errors import Refusal
+from ratchet.paths import parse_step
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes."""
+    if not Path(model.name).is_dir() and hub.is_local(model.name):
+        raise Refusal(f"The model directory {model.name} does not exist{_remedy(Path(model.name))}.")
+    directory = hub.snapshot(model.name, ["config.json"])
+    if not (directory / "config.json").exists():
+        raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
+    if model.random_init or not Path(model.name).is_dir():
+        return
+    if not any(directory.glob("*.safetensors")):
+        raise Refusal(
+            f"{directory} holds no *.safetensors: give a trained model, or set model.random_init = true."
+        )
+    if (directory / durable.MANIFEST).exists():
+        durable.verify(directory)
+
+
+def _remedy(directory: Path) -> str:
+    """For `<run>/weights/step_N`: which command makes it, found among the files next to those on the command line."""
+    if parse_step(directory.name) is None or directory.parent.name != "weights":
+        return ": check model.name"
+    run = directory.parent.parent
+    there = durable.steps(directory.parent)
+    if there:
+        return f"; {run} has published {', '.join(str(step) for step in there)}"
+    command = next((f"`uv run sft @ {path}`" for path in _neighbours() if _output_of(path) == run), None)
+    return f": make it with {command or f'the run whose output_dir is {run}'}"
+
+
+def _neighbours() -> list[Path]:
+    """The configuration files beside those that this command names."""
+    named = [Path(token.lstrip("@")) for token in sys.argv[1:] if token.endswith(".toml")]
+    return sorted({path for file in named for path in file.parent.glob("sft*.toml")})
+
+
+def _output_of(path: Path) -> Path | None:
+    try:
+        output = tomllib.loads(path.read_text()).get("output_dir")
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    return Path(output) if output else None

@@ -1,0 +1,41 @@
+"""`python -m ratchet.trainer RUN ATTEMPT INCARNATION`: the trainer of an attempt, started by the launcher."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from ratchet import attempts, log, process
+from ratchet.errors import EXIT_OK
+
+_asked: list[int] = []
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _asked.append(number)
+
+
+def main() -> int:
+    """Train to `max_steps`; the first signal stops at the next step boundary."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    root, attempt, incarnation = sys.argv[1:4]
+    rank = int(os.environ.get("RANK", "0"))
+    assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation), rank=rank)
+    log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
+    # cuBLAS repeats its results only with a fixed workspace, chosen before it is loaded.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    from ratchet.trainer.loop import Trainer
+    from ratchet.trainer.world import open_world, set_determinism
+
+    set_determinism(assignment.config.trainer.threads)
+    world = open_world(assignment.config.trainer.device)
+    Trainer(assignment, world, lambda: bool(_asked)).run()
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    process.die_with_parent()
+    process.run(main)

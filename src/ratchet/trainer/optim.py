@@ -1,0 +1,110 @@
+"""AdamW, or Muon on the matrices inside the blocks with AdamW on the rest, behind one pair of verbs.
+
+All state exists from the start (zeros), so a new run and a resumed one take the same path.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ratchet.config import OptimConfig
+
+# What each kind keeps for one parameter, besides AdamW's step count, which is stored as JSON.
+_STATE_NAMES = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+class Optimizer:
+    """The optimizers of one model, and their state by parameter name."""
+
+    def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
+        self._config = config
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        matrices = _block_matrices(model) if config.type == "muon" else set()
+        rest = [p for name, p in model.named_parameters() if name not in matrices]
+        self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)]
+        if matrices:
+            inner = [p for name, p in model.named_parameters() if name in matrices]
+            self._parts.append(_muon(inner, config))
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
+        for part, parameter in self._each():
+            for name in _STATE_NAMES[type(part).__name__]:
+                part.state[parameter][name] = torch.zeros_like(parameter)
+            if isinstance(part, torch.optim.AdamW):
+                part.state[parameter]["step"] = torch.zeros(())
+
+    def _each(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    yield part, parameter
+
+    def clip(self) -> torch.Tensor:
+        """Clip all gradients together by their norm; returns the norm before. Shapes: -> ()"""
+        grads = [p.grad for p in self._names if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self._config.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(list(self._names), self._config.max_norm, norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the peak learning rate; the gradients are gone afterwards."""
+        for part, peaks in zip(self._parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+        self.discard()
+
+    def discard(self) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state itself, not a copy, as `<parameter>.<state>`: DCP saves it and loads into it."""
+        return {
+            f"{self._names[parameter]}.{name}": part.state[parameter][name]
+            for part, parameter in self._each()
+            for name in _STATE_NAMES[type(part).__name__]
+        }
+
+    def steps(self) -> dict[str, int]:
+        """AdamW's update count of each parameter."""
+        return {
+            self._names[parameter]: int(part.state[parameter]["step"])
+            for part, parameter in self._each()
+            if "step" in part.state[parameter]
+        }
+
+    def set_steps(self, steps: dict[str, int]) -> None:
+        for part, parameter in self._each():
+            if "step" in part.state[parameter]:
+                part.state[parameter]["step"].fill_(steps[self._names[parameter]])
+
+
+def _block_matrices(model: PreTrainedModel) -> set[str]:
+    """The 2-D parameters except the embedding and the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outer = {id(p) for module in ends if module is not None for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outer}
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Weight decay shrinks matrices only, never norms or biases."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _muon(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Source: Muon is scalable for LLM training, arXiv:2502.16982 (update scaled by 0.2 * sqrt(max dim))"""
+    return torch.optim.Muon(
+        parameters,
+        lr=config.muon_lr,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )

@@ -1,0 +1,84 @@
+"""From samples of any length to micro-batches: a pure function of the lengths, the budget and the ranks.
+
+Rows are padded at the right and sorted by length, so that little is padded; each micro-batch holds at most
+`budget` cells. Needs no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on: `mask[i]` says that token i is learnt; behaviour and advantage are RL's."""
+
+    token_ids: Sequence[int]
+    mask: Sequence[bool]
+    logprobs: Sequence[float] | None = None
+    advantage: float = 0.0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss: the first one has nothing before it."""
+        return sum(self.mask[1:])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass, shifted for next-token prediction.
+
+    Shapes: inputs_BT, targets_BT int64; mask_BT bool; behaviour_N, advantages_N float32, for the N targets that
+    the mask selects in row-major order.
+    """
+
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    mask_BT: np.ndarray
+    behaviour_N: np.ndarray
+    advantages_N: np.ndarray
+
+
+def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group row indices so that rows x longest <= budget, longest first; a row above the budget stands alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def micro_batches(examples: Sequence[Example], budget: int, rank: int, ranks: int) -> list[MicroBatch]:
+    """This rank's share of a step. Every rank gets the same number, filled up with rows that count nothing."""
+    useful = [e for e in examples if e.trained_tokens]
+    groups = split([len(e.token_ids) - 1 for e in useful], budget)
+    mine = [[useful[i] for i in group] for group in groups[rank::ranks]]
+    most = -(-len(groups) // ranks)
+    filler = [Example(useful[0].token_ids[:2], [False, False], [0.0, 0.0])] if useful else []
+    return [_collate(rows) for rows in [*mine, *[filler] * (most - len(mine))]]
+
+
+def _collate(rows: Sequence[Example]) -> MicroBatch:
+    width = max(len(row.token_ids) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=bool)
+    behaviour = np.zeros((len(rows), width), dtype=np.float32)
+    for i, row in enumerate(rows):
+        length = len(row.token_ids)
+        ids[i, :length] = row.token_ids
+        mask[i, :length] = row.mask
+        if row.logprobs is not None:
+            behaviour[i, :length] = row.logprobs
+    mask_BT = mask[:, 1:]
+    advantages = np.array([row.advantage for row in rows], dtype=np.float32)
+    return MicroBatch(
+        inputs_BT=ids[:, :-1],
+        targets_BT=ids[:, 1:],
+        mask_BT=mask_BT,
+        behaviour_N=behaviour[:, 1:][mask_BT],
+        advantages_N=np.broadcast_to(advantages[:, None], mask_BT.shape)[mask_BT],
+    )

@@ -1,0 +1,216 @@
+"""Save and restore the trainer: DCP for model and optimizer shards, JSON for the small rest.
+
+    main thread     take what changes every step ─► staging copy (async) ─► next step
+    save thread     dcp.save ─► each rank seals its files ─► rank 0 commits ─► retention
+
+A synchronous save runs the same story on the main thread. One save is in flight at most; any exception in it
+means "no checkpoint" and surfaces at the next step.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import PreTrainedModel
+
+from ratchet import attempts, checkpoint, durable, metrics
+from ratchet.attempts import Assignment
+from ratchet.errors import RatchetError, Refusal, SaveFailed
+from ratchet.records import FileEntry, Progress
+from ratchet.trainer import schedule
+from ratchet.trainer.optim import Optimizer
+from ratchet.trainer.schedule import ScheduleRecord
+from ratchet.trainer.world import World
+
+PROGRESS = "progress.json"
+SCHEDULER = "scheduler.json"
+OPTIMIZER_STEPS = "optimizer_steps.json"
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint holds of the trainer."""
+
+    model: PreTrainedModel
+    optimizer: Optimizer
+    progress: Progress
+
+    def tensors(self) -> dict[str, Any]:
+        """References to the live tensors, in the layout of the checkpoint."""
+        model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {"model": model, "optimizer": self.optimizer.tensors()}
+
+    def schema(self) -> dict[str, list[Any]]:
+        """Name, dtype and global shape of every tensor."""
+        return {
+            f"{part}.{name}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for part, tensors in self.tensors().items()
+            for name, tensor in tensors.items()
+        }
+
+
+class Checkpointer:
+    """Saves and restores one trainer."""
+
+    def __init__(self, assignment: Assignment, world: World, on_commit: Callable[[int], None]) -> None:
+        self._assignment = assignment
+        self._config = assignment.config
+        self._world = world
+        self._on_commit = on_commit
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stager: DefaultStager | None = None
+
+    def restore(self, state: TrainerState, step: int) -> None:
+        """Load checkpoint `step` into the live tensors.
+
+        Raises: Refusal if its tensors or its learning rate do not fit this configuration.
+        """
+        directory = self._assignment.paths.checkpoint(step)
+        _check_schema(directory, durable.read_manifest(directory).meta["schema"], state.schema())
+        folder = directory / checkpoint.TRAINER
+        record = msgspec.json.decode((folder / SCHEDULER).read_bytes(), type=ScheduleRecord)
+        schedule.check_record(record, self._config.trainer, self._config.max_steps, step)
+        load(state.tensors(), storage_reader=FileSystemReader(folder))
+        state.optimizer.set_steps(msgspec.json.decode((folder / OPTIMIZER_STEPS).read_bytes()))
+        state.progress = msgspec.json.decode((folder / PROGRESS).read_bytes(), type=Progress)
+
+    def save(self, state: TrainerState) -> None:
+        """Commit the state as checkpoints/step_{progress.step}; one that is committed already is a no-op.
+
+        Waits for: the save before this one; with `save_async`, then only for the copy of the state.
+        Raises: SaveFailed
+        """
+        self.wait()
+        step = state.progress.step
+        if self._world.share(checkpoint.is_committed(self._assignment.paths, step)):
+            return
+        try:
+            directory, meta = self._begin(state)
+        except OSError as error:
+            raise SaveFailed(f"Checkpoint {step} could not be written: {error}.") from error
+        if not self._config.ckpt.save_async:
+            self._run(step, directory, meta, state.tensors())
+            self.poll()
+            return
+        staged = self._stage(state.tensors())
+        self._thread = threading.Thread(
+            target=self._run, args=(step, directory, meta, staged), name=f"save-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raises: SaveFailed if the last save went wrong."""
+        error, self._error = self._error, None
+        if isinstance(error, RatchetError):
+            raise error
+        if error is not None:
+            raise SaveFailed(
+                f"The checkpoint could not be written: {error!r}. Older checkpoints are untouched."
+            ) from error
+
+    def wait(self) -> None:
+        """Wait for the save in flight. Raises: SaveFailed"""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def _stage(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Copy the state to buffers that are reused: free again, because the save before has ended."""
+        if self._stager is None:
+            pinned = self._world.device.type == "cuda"
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=pinned,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=pinned,
+                )
+            )
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
+        return staged
+
+    def _begin(self, state: TrainerState) -> tuple[Path, dict[str, Any]]:
+        """Write the small files and take the marks that belong to this step, before anything moves on."""
+        step, stage = state.progress.step, self._assignment.stage
+        directory, meta = Path(), {}
+        if self._world.is_first:
+            directory = checkpoint.begin(stage, step)
+            folder = directory / checkpoint.TRAINER
+            record = schedule.record(self._config.trainer, self._config.max_steps, step)
+            (folder / PROGRESS).write_bytes(msgspec.json.encode(state.progress))
+            (folder / SCHEDULER).write_bytes(msgspec.json.encode(record))
+            (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
+            rows = self._assignment.paths.metric("trainer")
+            durable.fsync_path(rows)
+            meta = {"metrics": metrics.mark(rows), "schema": state.schema()}
+        return self._world.share(directory), meta
+
+    def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
+        try:
+            self._write(step, directory, meta, tensors)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
+        folder = directory / checkpoint.TRAINER
+        durable.crash_point("checkpoint.before_shards")
+        # torch's own CRC32 costs half of a save and no load ever checks it; every file has our hash. The setting
+        # belongs to the thread.
+        torch.serialization.set_crc32_options(False)
+        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False, thread_count=1)
+        save(tensors, storage_writer=writer, process_group=self._world.save_group)
+        durable.crash_point("checkpoint.after_shards")
+        entries = self._gather(durable.seal(directory, self._own_files(directory)))
+        if not self._world.is_first:
+            return
+        stage = self._assignment.stage
+        entries += checkpoint.copy_orchestrator_state(stage, directory, step)
+        checkpoint.commit(
+            stage,
+            directory,
+            step=step,
+            attempt=self._assignment.attempt,
+            world_size=self._world.size,
+            entries=entries,
+            meta=meta,
+            versions=attempts.environment(),
+        )
+        checkpoint.retain(stage, self._config.ckpt)
+        self._on_commit(step)
+
+    def _own_files(self, directory: Path) -> list[str]:
+        """The files that this rank wrote: its shards, and rank 0 the rest."""
+        folder = directory / checkpoint.TRAINER
+        mine = f"__{self._world.rank}_"
+        names = [p.name for p in folder.iterdir()]
+        own = [n for n in names if n.startswith(mine) or (self._world.is_first and not n.startswith("__"))]
+        return [f"{checkpoint.TRAINER}/{name}" for name in own]
+
+    def _gather(self, entries: list[FileEntry]) -> list[FileEntry]:
+        if self._world.size == 1:
+            return entries
+        parts: list[Any] | None = [None] * self._world.size if self._world.is_first else None
+        dist.gather_object(entries, parts, dst=0, group=self._world.save_group)
+        return [entry for part in parts or [] for entry in part]
+
+
+def _check_schema(directory: Path, saved: dict[str, list[Any]], live: dict[str, list[Any]]) -> None:
+    """Raises: Refusal; DCP itself would cast a wrong dtype in silence."""
+    for name in sorted({*saved, *live}):
+        if saved.get(name) != live.get(name):
+            raise Refusal(
+                f"{directory} does not fit this configuration: {name} is {saved.get(name, 'missing')} there and "
+                f"{live.get(name, 'missing')} here; restore the model and optimizer settings of the run."
+            )

@@ -1,0 +1,110 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, update."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+from ratchet.config import RLConfig, SFTConfig, TrainerConfig
+from ratchet.errors import PoisonBatch
+from ratchet.models.logprobs import Policy
+from ratchet.trainer import loss, packing
+from ratchet.trainer.loss import LossSum
+from ratchet.trainer.optim import Optimizer
+from ratchet.trainer.packing import MicroBatch
+from ratchet.trainer.source import Batch
+from ratchet.trainer.world import World
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossSum]
+
+
+def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
+    """The loss of one micro-batch from (logprobs_N, behaviour_N, advantages_N)."""
+    if isinstance(config, SFTConfig):
+        return lambda logprobs_N, behaviour_N, advantages_N: loss.cross_entropy(logprobs_N)
+    settings = config.trainer.loss
+    return lambda logprobs_N, behaviour_N, advantages_N: loss.policy_gradient(
+        logprobs_N, behaviour_N, advantages_N, settings
+    )
+
+
+def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy:
+    """Shard each block and the rest with FSDP2; one rank takes the same path as many."""
+    model.to(world.device)  # pyright: ignore[reportArgumentType]
+    model.train()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model)
+    blocks = set(model._no_split_modules or [])
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=world.mesh, reshard_after_forward=world.size > 1)
+    fully_shard(policy, mesh=world.mesh, reshard_after_forward=False)
+    return policy
+
+
+@dataclass
+class Updater:
+    """Turns policy k into policy k+1."""
+
+    policy: Policy
+    optimizer: Optimizer
+    world: World
+    config: TrainerConfig
+    loss: LossFunction
+
+    def update(self, batch: Batch, step: int, factor: float) -> dict[str, float]:
+        """Train on one batch at `factor` times the peak learning rate; returns the figures of the step.
+
+        The loss is the mean over all trained tokens of the step, however they are laid out and sharded.
+        Raises: PoisonBatch before the update if loss or gradient are not finite.
+        """
+        micro = packing.micro_batches(
+            batch.examples, self.config.micro_batch_tokens, self.world.rank, self.world.size
+        )
+        tokens = batch.trained_tokens
+        sums = [
+            self._accumulate(part, batch.temperature, tokens, i == len(micro) - 1)
+            for i, part in enumerate(micro)
+        ]
+        names = list(sums[0])
+        totals = torch.stack([torch.stack([part[name] for name in names]) for part in sums]).double().sum(0)
+        figures = dict(zip(names, (self.world.total(totals) / tokens).tolist(), strict=True))
+        figures["grad_norm"] = float(self.optimizer.clip())
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            self.optimizer.discard()
+            raise PoisonBatch(
+                f"Batch {step} gives loss {figures['loss']} and gradient norm {figures['grad_norm']}: policy {step} "
+                "was not changed, and starting again would read the same batch. Resume from an earlier checkpoint "
+                "with --ckpt.resume-step and a lower learning rate."
+            )
+        self.optimizer.step(factor)
+        return figures
+
+    def _accumulate(
+        self, part: MicroBatch, temperature: float, tokens: int, is_last: bool
+    ) -> dict[str, torch.Tensor]:
+        """Add one micro-batch's gradient; gradients are reduced across the ranks with the last one."""
+        assert isinstance(self.policy, FSDPModule)
+        self.policy.set_requires_gradient_sync(is_last)
+        device = self.world.device
+        inputs_BT, targets_BT, mask_BT, behaviour_N, advantages_N = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            for array in (
+                part.inputs_BT,
+                part.targets_BT,
+                part.mask_BT,
+                part.behaviour_N,
+                part.advantages_N,
+            )
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logprobs_N = self.policy(inputs_BT, targets_BT, mask_BT, temperature)
+        result = self.loss(logprobs_N, behaviour_N, advantages_N)
+        # FSDP averages over the ranks; the loss is a mean over tokens, so the average is undone.
+        (result.loss * (self.world.size / tokens)).backward()
+        return {"loss": result.loss.detach(), **result.metrics}

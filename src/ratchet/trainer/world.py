@@ -1,0 +1,74 @@
+"""The ranks of this trainer: one process without a launcher, or those that torchrun started."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this rank is, and how it talks to the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    save_group: Any
+    """A group of its own for background saves: two threads must not share one."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place. Shapes: (N,) -> (N,)"""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes a GPU where there is one."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def open_world(wanted_device: str) -> World:
+    """Join the other ranks. A single rank needs no port: it talks to itself in memory."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if size == 1:
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),  # pyright: ignore
+            rank=0,
+            world_size=1,
+        )
+    else:
+        dist.init_process_group(backend)
+    mesh = init_device_mesh(device.type, (size,))
+    return World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+
+
+def set_determinism(threads: int) -> None:
+    """Fixed thread counts and deterministic kernels: equal inputs give equal bits."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
