@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from ratchet.errors import EXIT_CRASH, RatchetError
 from ratchet.log import LOGGER
@@ -25,7 +26,7 @@ def die_with_parent() -> None:
         os._exit(EXIT_CRASH)
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[[], int]) -> NoReturn:
     """Run a program to its exit code: an error that we raise on purpose is one log line, not a traceback."""
     try:
         code = main()

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 
 LAYERS = [
     {"records", "errors", "paths", "rng"},
-    {"config", "durable", "log", "process"},
+    {"config", "durable", "hub", "log", "process"},
     {"attempts", "batchlog", "chat", "checkpoint", "digest", "metrics", "resume", "weights"},
     {"envs", "models"},
     {"trainer", "orchestrator", "inference"},

@@ -16,10 +16,11 @@ import msgspec
 from ratchet import attempts, durable, resume
 from ratchet import config as configs
 from ratchet.attempts import Lock, Outcome, Plan, Record
-from ratchet.config import OnResume, RunConfig
+from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
 from ratchet.paths import RunPaths
+from ratchet.trainer import schedule
 
 
 @dataclass
@@ -127,7 +128,18 @@ def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
             f"A resumed run may not change {'; '.join(fixed)}: restore the old value, "
             "or start a new run with another --output-dir."
         )
-    return tuple(str(change) for change in found if change.mark is OnResume.ANNOUNCED)
+    announced = tuple(str(change) for change in found if change.mark is OnResume.ANNOUNCED)
+    return announced + _horizon_moves(old, new)
+
+
+def _horizon_moves(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
+    """A horizon that is not stated follows max_steps: extending the run then bends the learning rate."""
+    if not isinstance(old, SFTConfig | RLConfig) or not isinstance(new, SFTConfig | RLConfig):
+        return ()
+    before, after = (schedule.horizon(c.trainer.scheduler, c.max_steps) for c in (old, new))
+    if before == after or new.trainer.scheduler.type == "constant":
+        return ()
+    return (f"trainer.scheduler.horizon_steps: {before} -> {after} (it follows max_steps unless it is set)",)
 
 
 def _begin(

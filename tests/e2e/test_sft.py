@@ -1,0 +1,200 @@
+"""SFT as a user runs it: the real command, killed and stopped, against a run that never was."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from programs import (
+    ROOT,
+    environment,
+    kill,
+    last_step,
+    processes_of,
+    rows,
+    run,
+    run_digest,
+    start,
+    wait_until,
+)
+from ratchet import durable
+
+EXAMPLE = ("@", "examples/reverse_text/sft.toml")
+SMALL = (*EXAMPLE, "--max-steps", "6", "--data.batch-size", "16")
+
+
+def plain_dcp(directory):
+    """Every tensor of a checkpoint, by plain DCP, without our code."""
+    reader = FileSystemReader(directory)
+    entries = reader.read_metadata().state_dict_metadata
+    assert all(isinstance(entry, TensorStorageMetadata) for entry in entries.values())
+    tensors = {name: torch.zeros(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A small run that nothing interrupts."""
+    root = tmp_path_factory.mktemp("straight") / "run"
+    run("sft", *SMALL, "--output-dir", root, "--ckpt.interval", "2")
+    return root
+
+
+def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("sft", *EXAMPLE, "--output-dir", whole, "--ckpt")
+    run("sft", *EXAMPLE, "--output-dir", parts, "--max-steps", "20", "--ckpt")
+    said = run("sft", *EXAMPLE, "--output-dir", parts, "--max-steps", "40", "--ckpt.resume-step", "20")
+    assert "Resuming at step 20" in said
+    expected = plain_dcp(whole / "checkpoints" / "step_40" / "trainer")
+    found = plain_dcp(parts / "checkpoints" / "step_40" / "trainer")
+    assert expected.keys() == found.keys()
+    assert sum(name.startswith("optimizer.") for name in expected) >= sum(
+        name.startswith("model.") for name in expected
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert rows(parts) == rows(whole)
+    assert len(rows(whole)) == 40
+    assert rows(whole)[-1]["loss"] < 0.5 * rows(whole)[0]["loss"]
+
+
+def test_the_published_model_loads_as_a_hugging_face_model(straight):
+    directory = straight / "weights" / "step_6"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(
+        model.model.embed_tokens.weight,
+        plain_dcp(straight / "checkpoints/step_6/trainer")["model.model.embed_tokens.weight"],
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    talk = [{"role": "user", "content": "ab"}]
+    assert tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == (
+        "<|user|>ab<|im_end|><|assistant|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("point", "mode"),
+    [
+        ("checkpoint.after_shards:2", ()),
+        ("checkpoint.committed:2", ()),
+        ("checkpoint.before_shards:2", ("--ckpt.save-async",)),
+        ("checkpoint.before_rename:2", ("--ckpt.save-async",)),
+        ("weights.before_rename:2", ("--ckpt.save-async",)),
+    ],
+)
+def test_killed_inside_a_save_the_same_command_ends_with_the_same_bits(straight, tmp_path, point, mode):
+    command = (*SMALL, "--output-dir", tmp_path / "run", "--ckpt.interval", "2", *mode)
+    run("sft", *command, code=1, RATCHET_CRASH_AT=point)
+    assert durable.committed(tmp_path / "run" / "checkpoints").keys() >= {2}
+    said = run("sft", *command)
+    assert "Continuing at step" in said
+    assert run_digest(tmp_path / "run") == run_digest(straight)
+    assert "complete" in run("sft", *command)
+
+
+def test_kill_the_launcher_and_nothing_of_the_run_lives_on(straight, tmp_path):
+    root = tmp_path / "run"
+    process = start("sft", *SMALL, "--output-dir", root, "--ckpt.interval", "2")
+    wait_until(lambda: last_step(root) >= 1, process=process)
+    assert processes_of(root)
+    kill(process)
+    wait_until(lambda: not processes_of(root), timeout_s=5)
+    run("sft", *SMALL, "--output-dir", root, "--ckpt.interval", "2")
+    assert run_digest(root) == run_digest(straight)
+
+
+def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_path):
+    root, command = tmp_path / "run", (*EXAMPLE, "--ckpt", "--data.batch-size", "16")
+    process = start("sft", *command, "--output-dir", root)
+    wait_until(lambda: last_step(root) >= 3, process=process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, output
+    (stopped,) = durable.committed(root / "checkpoints")
+    assert stopped == last_step(root) >= 3
+    assert f"Continuing at step {stopped}" in run("sft", *command, "--output-dir", root)
+    assert [row["step"] for row in rows(root)] == list(range(1, 41))
+
+
+def test_keep_last_keeps_the_newest_and_their_weights(tmp_path):
+    run(
+        "sft",
+        *SMALL,
+        "--output-dir",
+        tmp_path,
+        "--ckpt.interval",
+        "1",
+        "--ckpt.keep-last",
+        "2",
+        "--ckpt.keep-interval",
+        "3",
+    )
+    assert list(durable.committed(tmp_path / "checkpoints")) == [3, 5, 6]
+    assert list(durable.committed(tmp_path / "weights")) == [3, 5, 6]
+
+
+def test_a_horizon_that_follows_max_steps_is_said_aloud_when_it_moves(tmp_path):
+    config = tmp_path / "sft.toml"
+    config.write_text(
+        (ROOT / "examples/reverse_text/sft.toml").read_text().replace("horizon_steps", "# horizon_steps")
+    )
+    base = ("@", config, "--output-dir", tmp_path / "run", "--data.batch-size", "16")
+    run("sft", *base, "--max-steps", "2", "--ckpt")
+    said = run("sft", *base, "--max-steps", "4", "--ckpt.resume-step", "2")
+    assert "horizon_steps: 2 -> 4" in said
+
+
+def test_a_damaged_byte_in_a_checkpoint_is_found_before_it_is_used(straight, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(straight, root)
+    shard = next((root / "checkpoints/step_6/trainer").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    more = (*SMALL, "--max-steps", "8", "--output-dir", root)
+    said = run("sft", *more, "--ckpt.resume-step", "-1", code=2)
+    assert shard.name in said
+    assert "on-corrupt fallback" in said
+    said = run("sft", *more, "--ckpt.resume-step", "-1", "--ckpt.on-corrupt", "fallback")
+    assert "step 4" in said
+    assert rows(root)[:6] == rows(straight)
+
+
+def test_a_poison_batch_stops_with_its_own_code_and_changes_nothing(tmp_path):
+    said = run("sft", *SMALL, "--output-dir", tmp_path, "--trainer.optim.lr", "1e30", "--ckpt", code=65)
+    assert "policy" in said
+    assert not durable.committed(tmp_path / "checkpoints")
+
+
+def test_two_ranks_take_the_steps_of_one(straight, tmp_path):
+    script = ROOT / "tests" / "e2e" / "two_ranks.py"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            script,
+            straight,
+            tmp_path,
+        ],
+        check=True,
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS=1),
+    )
+    one = plain_dcp(straight / "checkpoints/step_6/trainer")
+    two = plain_dcp(tmp_path / "checkpoints/step_6/trainer")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
