@@ -66,8 +66,8 @@ def kill(process):
     process.stdout.close()
 
 
-def processes_of(root):
-    """The processes whose command line names a run directory."""
+def processes_of(root, role=""):
+    """The programs of a run: processes whose command line names its directory, and their role."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -75,7 +75,7 @@ def processes_of(root):
                 line = (entry / "cmdline").read_bytes().split(b"\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if str(root).encode() in line and b"-m" in line:
+            if str(root).encode() in line and f"ratchet.{role}".encode() in b" ".join(line):
                 found.append(int(entry.name))
     return found
 

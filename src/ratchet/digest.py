@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from ratchet import batchlog, checkpoint, durable, metrics
-from ratchet.paths import RunPaths, step_name
+from ratchet.paths import RunPaths, parse_step, step_name
 from ratchet.records import FileEntry, Manifest
 
 # DCP's own index holds the path and a random id of each save; the shards beside it hold the state.
@@ -28,24 +28,14 @@ def _batch(directory: Path, manifest: Manifest) -> str:
 
 
 def parts(root: Path) -> dict[str, str]:
-    """A digest for each published thing and each metric file of a run, by name.
-
-    Weights count where they are part of the result: those of a checkpoint, and the newest. Which others are
-    still there depends on how far a server was behind.
-    """
+    """A digest for each published thing and each metric file of a run, by name."""
     paths = RunPaths(root)
     found: dict[str, str] = {}
     for step, manifest in durable.committed(paths.batches).items():
         found[f"batches/{step_name(step)}"] = _batch(paths.batch(step), manifest)
-    checkpoints = durable.committed(paths.checkpoints)
-    for step, manifest in checkpoints.items():
-        found[f"checkpoints/{step_name(step)}"] = _payload(manifest.files)
-    weights = durable.committed(paths.weights)
-    for step, manifest in weights.items():
-        if step in checkpoints or step == max(weights):
-            found[f"weights/{step_name(step)}"] = _payload(manifest.files)
-    for step, manifest in durable.committed(paths.evals).items():
-        found[f"evals/{step_name(step)}"] = _payload(manifest.files)
+    for directory in (paths.checkpoints, paths.weights, paths.evals):
+        for step, manifest in durable.committed(directory).items():
+            found[f"{directory.name}/{step_name(step)}"] = _payload(manifest.files)
     for role in ("trainer", "orchestrator", "evals"):
         rows = [metrics.exact(row) for row in metrics.read(paths.metric(role))]
         if rows:
@@ -53,6 +43,21 @@ def parts(root: Path) -> dict[str, str]:
     return found
 
 
+def result(found: dict[str, str]) -> dict[str, str]:
+    """The parts that must be equal in two equal runs.
+
+    Of checkpoints and weights these are the newest: which others are there depends on when a run was stopped, and
+    on how far a server was behind. What led to the newest is in the batches and the rows.
+    """
+    newest: dict[str, int] = {}
+    for name in found:
+        root, _, last = name.partition("/")
+        if root in ("checkpoints", "weights"):
+            newest[root] = max(newest.get(root, 0), parse_step(last) or 0)
+    keep = {f"{root}/{step_name(step)}" for root, step in newest.items()}
+    return {n: d for n, d in found.items() if n.partition("/")[0] not in newest or n in keep}
+
+
 def run_digest(root: Path) -> str:
-    """Equal for two runs whose batches, weights, checkpoints, evaluations and metric rows are equal."""
-    return _hash(parts(root))
+    """Equal for two runs whose batches, evaluations, metric rows, final weights and final checkpoint are equal."""
+    return _hash(result(parts(root)))

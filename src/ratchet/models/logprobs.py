@@ -53,4 +53,4 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         assert head is not None
         logits_NV = head(hidden_ND).float() / temperature
-        return logits_NV.log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+        return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
