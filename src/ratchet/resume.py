@@ -19,8 +19,6 @@ from ratchet.durable import Stage
 from ratchet.errors import Damaged, Refusal
 from ratchet.paths import RunPaths, step_name
 
-LOGS = ("trainer", "orchestrator", "evals")
-
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """The published steps of a run directory; `damaged` maps those that failed a check to the sentence."""
@@ -259,11 +257,29 @@ def apply(stage: Stage, chosen: Plan, attempt: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage.move(paths.root / name, target)
         durable.crash_point("rollback.moved")
-    limits = {"trainer": chosen.step, "orchestrator": chosen.next_batch}
-    for role in LOGS:
-        limit = limits.get(role, max(durable.steps(paths.evals), default=-1))
-        _rewind(stage, paths.metric(role), limit, aside if chosen.rollback else None)
-    _complete_orchestrator_rows(stage, chosen)
+    kept = aside if chosen.rollback else None
+    _rewind(stage, paths.metric("trainer"), chosen.step, kept)
+    restore_rows(stage, chosen.next_batch, aside=kept)
+
+
+def restore_rows(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None:
+    """Make the orchestrator's metric files say what its published parts say: rows cut, rows completed.
+
+    A row is born inside its batch or evaluation: one that was not appended before a crash is appended now.
+    """
+    paths = stage.paths
+    evals = list(durable.committed(paths.evals))
+    _rewind(stage, paths.metric("orchestrator"), next_batch, aside)
+    _rewind(stage, paths.metric("evals"), max(evals, default=-1), aside)
+    rows = metrics.read(paths.metric("orchestrator"))
+    last = rows[-1]["step"] if rows else 0
+    for step in range(last, next_batch):
+        if paths.batch(step).exists():
+            metrics.append(stage, paths.metric("orchestrator"), batchlog.read_metrics(paths.batch(step)))
+    known = {row["step"] for row in metrics.read(paths.metric("evals"))}
+    for step in evals:
+        if step not in known:
+            metrics.append(stage, paths.metric("evals"), batchlog.read_metrics(paths.eval(step)))
 
 
 def _rewind(stage: Stage, path: Path, limit: int, aside: Path | None) -> None:
@@ -275,13 +291,3 @@ def _rewind(stage: Stage, path: Path, limit: int, aside: Path | None) -> None:
             lines = b"".join(msgspec.json.encode(row) + b"\n" for row in cut)
             stage.replace(aside / "metrics" / path.name, lines)
     metrics.rewind(stage, path, limit)
-
-
-def _complete_orchestrator_rows(stage: Stage, chosen: Plan) -> None:
-    """A row is born inside its batch: one that was not appended before a crash is appended now."""
-    path = stage.paths.metric("orchestrator")
-    rows = metrics.read(path)
-    last = rows[-1]["step"] if rows else 0
-    for step in range(last, chosen.next_batch):
-        if stage.paths.batch(step).exists():
-            metrics.append(stage, path, batchlog.read_metrics(stage.paths.batch(step)))

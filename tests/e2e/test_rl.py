@@ -228,13 +228,7 @@ def test_a_rollback_moves_the_future_aside_and_the_old_weights_are_not_believed(
 
 REFUSED = [
     ("unknown key", ("--trainer.optm.lr", "1"), "did you mean"),
-    ("model missing", ("--model.name", "outputs/nothing/here"), "does not exist"),
-    ("weights missing", ("--model.name", "outputs/nothing/weights/step_40"), "weights/step_40"),
-    (
-        "data missing",
-        ("--orchestrator.env", '[{"id":"reverse_text","args":{"data":"no.jsonl"}}]'),
-        "no.jsonl",
-    ),
+    ("missing file", ("--orchestrator", "@", "no.toml"), "no.toml"),
     ("no such step", ("--ckpt.resume-step", "3"), "there are: 2, 4"),
     ("other command", ("--trainer.optim.lr", "1e-4"), "--ckpt.resume-step -1"),
     ("max_steps too low", ("--max-steps", "2", "--ckpt.resume-step", "4"), "max_steps is 2"),
@@ -263,6 +257,26 @@ def test_bad_input_is_one_sentence_and_touches_nothing(finished, flags, says):
     assert len(said.strip().splitlines()) == 1, said
     assert "Traceback" not in said
     assert contents(finished) == before
+
+
+def test_what_a_run_needs_is_checked_before_it_begins(tmp_path):
+    config, sft, data = tmp_path / "rl.toml", tmp_path / "sft.toml", tmp_path / "bad.jsonl"
+    example = Path("examples/reverse_text/rl.toml").read_text()
+    sft.write_text(f'output_dir = "{tmp_path / "sft"}"\n')
+    data.write_text('{"text": "fine"}\n{"txt": "not fine"}\n')
+    model, train = "outputs/reverse_text/sft/weights/step_40", "examples/reverse_text/train.jsonl"
+    cases = {
+        "The model directory outputs/no/model does not exist": (model, "outputs/no/model", ()),
+        f"make it with `uv run sft @ {sft}`": (model, f"{tmp_path}/sft/weights/step_40", ()),
+        "no.jsonl": (train, "no.jsonl", MODEL),
+        "bad.jsonl, line 2": (train, str(data), MODEL),
+    }
+    for says, (old, new, flags) in cases.items():
+        config.write_text(example.replace(old, new))
+        said = run("rl", "@", config, *flags, "--output-dir", tmp_path / "run", code=2)
+        assert says in said
+        assert len(said.strip().splitlines()) == 1, said
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"]
 
 
 def test_two_values_for_one_fact_are_refused(finished, tmp_path):

@@ -1,0 +1,59 @@
+"""The inference program: a standing server, or the server of one run.
+
+python -m ratchet.inference RUN ATTEMPT INCARNATION --fd N
+"""
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ratchet import attempts, log, process
+from ratchet.config import RLConfig
+from ratchet.errors import EXIT_OK, Refusal
+
+
+def main() -> int:
+    """Serve an attempt on the listening socket that the launcher passed on."""
+    process.die_with_parent()
+    parser = argparse.ArgumentParser(prog="ratchet.inference")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("attempt", type=int)
+    parser.add_argument("incarnation", type=int)
+    parser.add_argument("--fd", type=int, required=True)
+    arguments = parser.parse_args()
+    log.setup("inference")
+    assignment = attempts.join(arguments.run, arguments.attempt, "inference", arguments.incarnation)
+    log.setup("inference", assignment.config.log.level)
+    with socket.socket(fileno=arguments.fd) as listener:
+        return _serve(assignment.config, listener, lambda line: log.LOGGER.info("%s", line))
+
+
+def serve(config: RLConfig) -> int:
+    """A standing server on the configured host and port, until SIGTERM or SIGINT. Raises: Refusal."""
+    assert config.inference is not None
+    host, port = config.inference.host, config.inference.port
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise Refusal(
+            f"{host}:{port} cannot be served on ({error.strerror}): choose another --inference.port, 0 for a free one, "
+            "or stop what uses it."
+        ) from None
+    with listener:
+        return _serve(config, listener, lambda line: sys.stderr.write(f"{line}\n"))
+
+
+def _serve(config: RLConfig, listener: socket.socket, say: Callable[[str], object]) -> int:
+    # Read by cuBLAS when it starts, so before torch is imported.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from ratchet.inference.serving import serve_on
+
+    serve_on(config, listener, say)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    process.run(main)

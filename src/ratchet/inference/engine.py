@@ -1,0 +1,200 @@
+"""Continuous batching: which sequence is in which slot, what it has said, and when it is finished.
+
+Pure bookkeeping around `SlotModel`, for one thread. A step admits what waits into free slots, then decodes
+all slots once.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ratchet.inference.sampling import draw_uniforms, sample
+from ratchet.inference.slots import Prefilled, SlotModel
+
+FRESH = "default"
+"""The version of a server that nobody has given weights to: vLLM's word."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of a completion were sampled by one version of the weights."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and its completion. The engine appends to it; `on_finish` is called once, in its thread."""
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    on_finish: "Callable[[Sequence], None]" = lambda sequence: None
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    finish_reason: str | None = None
+    stopped_by: str | None = None
+    """The stop string that ended it, if one did."""
+
+    def append(self, token: int, logprob: float, version: str) -> None:
+        at = len(self.token_ids)
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if self.spans and self.spans[-1].version == version:
+            self.spans[-1] = Span(version, self.spans[-1].start, at + 1)
+        else:
+            self.spans.append(Span(version, at, at + 1))
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self.on_finish(self)
+
+
+class Engine:
+    """The slots of one model and the sequences in them."""
+
+    def __init__(self, slot_model: SlotModel, decode_text: Callable[[list[int]], str]) -> None:
+        self.model = slot_model
+        self.version = FRESH
+        self.waiting: deque[Sequence] = deque()
+        self.active: dict[int, Sequence] = {}
+        self.tokens_sampled = 0
+        self._decode_text = decode_text
+        slots = slot_model.slots
+        self._free = list(reversed(range(slots)))
+        self._prompts: OrderedDict[tuple[int, ...], Prefilled] = OrderedDict()
+        self._prompts_kept = min(16, max(1, slots // 8))
+        self._tokens_S = np.zeros(slots, dtype=np.int64)
+        self._positions_S = np.zeros(slots, dtype=np.int64)
+        self._temperatures_S = np.ones(slots)
+        self._uniforms_SL = np.zeros((slots, slot_model.max_model_len))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.active or self.waiting)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Its prompt must leave room for one token at least."""
+        room = self.model.max_model_len - len(sequence.prompt)
+        sequence.max_tokens = min(sequence.max_tokens, room)
+        self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a sequence that nobody waits for any more."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        for slot, other in list(self.active.items()):
+            if other is sequence:
+                self._release(slot)
+
+    def abort(self) -> None:
+        """Finish everything with what it has."""
+        sequences = [*self.active.values(), *self.waiting]
+        for slot in list(self.active):
+            self._release(slot)
+        self.waiting.clear()
+        for sequence in sequences:
+            sequence.finish("abort")
+
+    def step(self) -> None:
+        """Admit what fits, then sample one token in every slot that is in use."""
+        while self.waiting and self._free:
+            self._admit(self.waiting.popleft())
+        if self.active:
+            self._decode()
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        while self.has_work:
+            self.step()
+
+    def adopt(self, copy: Callable[[], None], version: str) -> None:
+        """Change the weights in place. Sequences in flight keep their cache and continue on the new weights."""
+        self.forget_prompts()
+        with torch.no_grad():
+            copy()
+        self.version = version
+
+    def forget_prompts(self) -> None:
+        self._prompts.clear()
+
+    def recompute(self) -> None:
+        """Compute the cache of every sequence in flight again, with the weights of now."""
+        for slot, sequence in self.active.items():
+            self.model.place(slot, self.model.prefill([*sequence.prompt, *sequence.token_ids[:-1]]))
+
+    def _prefill(self, prompt: list[int]) -> Prefilled:
+        """Rollouts of one task share their prompt: what is kept has the bits that computing it again would have."""
+        key = tuple(prompt)
+        if key not in self._prompts:
+            self._prompts[key] = self.model.prefill(prompt)
+        self._prompts.move_to_end(key)
+        if len(self._prompts) > self._prompts_kept:
+            self._prompts.popitem(last=False)
+        return self._prompts[key]
+
+    def _admit(self, sequence: Sequence) -> None:
+        prefilled = self._prefill(sequence.prompt)
+        slot = self._free.pop()
+        self.active[slot] = sequence
+        self.model.place(slot, prefilled)
+        self._positions_S[slot] = len(sequence.prompt)
+        self._temperatures_S[slot] = sequence.temperature
+        self._uniforms_SL[slot] = draw_uniforms(sequence.seed, self.model.max_model_len)
+        self._sample(prefilled.logits_1V, [slot])
+
+    def _decode(self) -> None:
+        logits_SV = self.model.decode(torch.from_numpy(self._tokens_S), torch.from_numpy(self._positions_S))
+        for slot in self.active:
+            self._positions_S[slot] += 1
+        self._sample(logits_SV, list(range(self.model.slots)))
+
+    def _sample(self, logits_NV: torch.Tensor, slots: list[int]) -> None:
+        """Draw for the given slots, and tell the sequences that are in them."""
+        drawn = [len(self.active[slot].token_ids) if slot in self.active else 0 for slot in slots]
+        uniforms_N = torch.from_numpy(self._uniforms_SL[slots, drawn]).to(logits_NV.device)
+        temperatures_N = torch.from_numpy(self._temperatures_S[slots]).to(logits_NV.device)
+        tokens_N, logprobs_N = sample(logits_NV, temperatures_N, uniforms_N)
+        for slot, token, logprob in zip(slots, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
+            if slot in self.active:
+                self._advance(slot, token, logprob)
+
+    def _advance(self, slot: int, token: int, logprob: float) -> None:
+        sequence = self.active[slot]
+        self.tokens_sampled += 1
+        if not np.isfinite(logprob):
+            reason = "error"
+        else:
+            sequence.append(token, logprob, self.version)
+            self._tokens_S[slot] = token
+            reason = self._reason_to_stop(sequence)
+        if reason is not None:
+            self._release(slot)
+            sequence.finish(reason)
+
+    def _reason_to_stop(self, sequence: Sequence) -> str | None:
+        if sequence.token_ids[-1] in sequence.stop_token_ids:
+            return "stop"
+        if sequence.stop:
+            text = self._decode_text(sequence.token_ids)
+            sequence.stopped_by = next((stop for stop in sequence.stop if stop in text), None)
+            if sequence.stopped_by is not None:
+                return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.max_tokens else None
+
+    def _release(self, slot: int) -> None:
+        del self.active[slot]
+        self._free.append(slot)
+        self._tokens_S[slot] = self._positions_S[slot] = 0
+        self._temperatures_S[slot] = 1.0
+        self._uniforms_SL[slot] = 0.0

@@ -1,0 +1,314 @@
+"""The orchestrator: plays rollouts, emits batches, and keeps the server at the right policy.
+
+The scheduler decides what is drawn, this file carries it out. Who waits for whom:
+
+    group tasks    the server (Client), each other's request slots (Player)
+    main loop      a finished group or evaluation, or POLL_S, after which it looks for new weights
+    adoption       the end of a running evaluation, which is played by one policy alone
+    a batch        its publication; rollouts go on meanwhile
+
+An exception in any task stops all others and the program: nothing is logged and ignored.
+"""
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ratchet import batchlog, checkpoint, durable, metrics, resume, weights
+from ratchet.attempts import Assignment
+from ratchet.chat import Chat
+from ratchet.config import RLConfig
+from ratchet.envs import registry
+from ratchet.envs.base import Environment
+from ratchet.errors import RatchetError, Stopped
+from ratchet.log import LOGGER
+from ratchet.orchestrator import evals
+from ratchet.orchestrator.batches import credited, exact_row
+from ratchet.orchestrator.client import Client
+from ratchet.orchestrator.evals import Evaluator
+from ratchet.orchestrator.play import Place, Player, Sampling
+from ratchet.orchestrator.scheduler import Batch, Draw, EnvShare, Rules, Scheduler
+from ratchet.orchestrator.served import Served
+from ratchet.paths import RunPaths
+from ratchet.records import RolloutFailure, Sample
+
+POLL_S = 0.02
+FENCE_CHECK_S = 1.0
+_SLOTS_UNKNOWN = 256
+
+
+@dataclass
+class Counts:
+    """What a batch's row tells about clocks and faults, since the batch before."""
+
+    since: float = field(default_factory=time.monotonic)
+    retries: int = 0
+    reconciled: int = 0
+
+
+class Orchestrator:
+    """One incarnation of the orchestrator of an attempt."""
+
+    def __init__(
+        self,
+        run: Assignment,
+        client: Client,
+        chat: Chat,
+        envs: dict[str, Environment],
+        scheduler: Scheduler,
+        concurrency: int,
+    ) -> None:
+        self._run = run
+        self._config: RLConfig = run.config
+        self._client = client
+        self._envs = envs
+        self._scheduler = scheduler
+        self._served = Served(client, run.paths, is_exact=self._config.deterministic)
+        self._player = Player(
+            chat, client, self._served, self._config.orchestrator.client, concurrency=concurrency
+        )
+        self._evaluator = Evaluator(run, self._player, chat, envs)
+        self._owed = evals.owed(run.paths, self._config)
+        self._is_evaluating = False
+        self._wake = asyncio.Event()
+        self._counts = Counts()
+        self._fence_checked = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        return self._scheduler.is_complete and not self._owed
+
+    async def run(self) -> None:
+        """Emit every batch and play every evaluation that is left. Cancelled, it leaves nothing half-done."""
+        if self.is_done:
+            return
+        await self._client.connect()
+        LOGGER.info("at batch %d, by inference at %s", self._scheduler.next_batch, self._client.base_url)
+        async with asyncio.TaskGroup() as tasks:
+            while not self.is_done:
+                self._check_fence()
+                self._start_groups(tasks)
+                if (batch := self._scheduler.take_batch()) is not None:
+                    await self._emit(batch, tasks)
+                elif not await self._adopt_next(tasks):
+                    await self._wait()
+
+    def _check_fence(self) -> None:
+        """Raises: Fenced if this process was replaced; it may wait for weights, and so not notice otherwise."""
+        now = time.monotonic()
+        if now - self._fence_checked > FENCE_CHECK_S:
+            self._run.stage.check()
+            self._fence_checked = now
+
+    async def _wait(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    def _start_groups(self, tasks: asyncio.TaskGroup) -> None:
+        while (draw := self._scheduler.start(self._served.step)) is not None:
+            tasks.create_task(self._play_group(draw))
+
+    async def _play_group(self, draw: Draw) -> None:
+        """Play the rollouts of one draw and hand the survivors to the scheduler."""
+        size = self._config.orchestrator.group_size
+        opening = await self._player.open(self._envs[draw.env], draw.row, "train")
+        if isinstance(opening, RolloutFailure):
+            self._finish(draw, [opening] * size)
+            return
+        sampling = Sampling(
+            seed=self._config.seed,
+            max_tokens=self._config.orchestrator.sampling.max_tokens,
+            temperature=self._config.orchestrator.sampling.temperature,
+        )
+        places = [Place("rollout", draw.env, draw.draw, rollout) for rollout in range(size)]
+        async with asyncio.TaskGroup() as group:
+            plays = [group.create_task(self._player.play(opening, place, sampling)) for place in places]
+        self._finish(draw, [play.result() for play in plays])
+
+    def _finish(self, draw: Draw, results: list[Sample | RolloutFailure]) -> None:
+        samples = [result for result in results if isinstance(result, Sample)]
+        failures = Counter(result.reason for result in results if isinstance(result, RolloutFailure))
+        self._scheduler.finish(draw.draw, samples, failures)
+        self._wake.set()
+
+    async def _emit(self, batch: Batch, tasks: asyncio.TaskGroup) -> None:
+        """Publish a batch with the state just after it; new rollouts start while it is written."""
+        state = self._scheduler.state()
+        samples = credited(batch.groups, divide_by_std=self._config.orchestrator.divide_by_std)
+        row = exact_row(batch, samples, self._scheduler.progress) | self._faults(samples)
+        oldest = self._served.step
+        self._start_groups(tasks)
+        await asyncio.to_thread(self._publish, batch.step, samples, state, row, oldest)
+
+    def _publish(
+        self, step: int, samples: list[Sample], state: bytes, row: metrics.Row, oldest_served: int
+    ) -> None:
+        stage = self._run.stage
+        batchlog.publish(
+            stage,
+            step=step,
+            attempt=self._run.attempt,
+            samples=samples,
+            state=state,
+            metrics=row,
+            oldest_served=oldest_served,
+            temperature=self._config.orchestrator.sampling.temperature,
+        )
+        metrics.append(stage, stage.paths.metric("orchestrator"), row)
+
+    def _faults(self, samples: list[Sample]) -> metrics.Row:
+        """What a clock or a fault touches; and the counting starts afresh."""
+        before = self._counts
+        now = Counts(retries=self._client.retries, reconciled=self._served.reconciled)
+        self._counts = now
+        step_s = now.since - before.since
+        return {
+            "time/step_s": step_s,
+            "perf/tokens_per_s": sum(sum(sample.mask) for sample in samples) / max(step_s, 1e-9),
+            "fault/retries": now.retries - before.retries,
+            "fault/reconciled": now.reconciled - before.reconciled,
+        }
+
+    async def _adopt_next(self, tasks: asyncio.TaskGroup) -> bool:
+        """Adopt the next policy if it is published and nothing holds the server at this one."""
+        if self._is_evaluating:
+            return False
+        step = self._next_policy()
+        if step is None:
+            return False
+        policy = weights.read_policy(
+            self._run.paths, step, run_id=self._run.run_id, lineage=self._run.lineage
+        )
+        if policy is None:
+            return False
+        await self._served.adopt(policy)
+        if self._owed and self._owed[0] == step:
+            self._is_evaluating = True
+            tasks.create_task(self._evaluate(step))
+        return True
+
+    def _next_policy(self) -> int | None:
+        """The policy to adopt next: what the next batch needs, but no evaluation is passed over."""
+        wanted = self._wanted_policy()
+        if wanted is None and not self._scheduler.is_complete:
+            return None
+        while self._owed and (wanted is None or self._owed[0] <= wanted):
+            step = self._owed[0]
+            if _is_published(self._run.paths, step):
+                return step
+            if all(other < step for other in durable.steps(self._run.paths.weights)):
+                return None  # not trained yet
+            LOGGER.warning("policy %d is gone, so it cannot be evaluated any more", step)
+            self._owed.pop(0)
+        return wanted
+
+    def _wanted_policy(self) -> int | None:
+        """What sampling wants, evaluations aside; None while the server holds it."""
+        scheduler, current = self._scheduler, self._served.step
+        if scheduler.is_complete:
+            return None
+        if self._config.deterministic:
+            required = rules_of(self._config).required_policy(scheduler.next_batch)
+            return required if required > current else None
+        if current >= 0:
+            return weights.newest(self._run.paths, above=current)
+        listed = [s for s in durable.steps(self._run.paths.weights) if s <= scheduler.next_batch]
+        return max((s for s in listed if _is_published(self._run.paths, s)), default=None)
+
+    async def _evaluate(self, step: int) -> None:
+        assert self._config.orchestrator.eval is not None
+        await self._evaluator.play(self._config.orchestrator.eval, step)
+        self._owed.remove(step)
+        self._is_evaluating = False
+        self._wake.set()
+
+
+def _is_published(paths: RunPaths, step: int) -> bool:
+    return (paths.weight(step) / durable.MANIFEST).exists()
+
+
+def rules_of(config: RLConfig) -> Rules:
+    return Rules(
+        seed=config.seed,
+        groups_per_batch=config.orchestrator.groups_per_batch,
+        max_steps=config.max_steps,
+        max_async_level=config.max_async_level,
+        max_off_policy_steps=config.max_off_policy_steps,
+        deterministic=config.deterministic,
+    )
+
+
+def next_batch(run: Assignment) -> int:
+    """The first batch that is not in the log: the plan's, or later where this attempt already went on."""
+    return max(run.plan.next_batch, max(durable.steps(run.paths.batches), default=-1) + 1)
+
+
+def read_state(run: Assignment, batch: int) -> bytes | None:
+    """The orchestrator's state before batch `batch`; None at the very start. Raises: Damaged, RatchetError."""
+    last = run.paths.batch(batch - 1)
+    if batch > 0 and last.exists():
+        return batchlog.read_state(last)
+    if batch == 0:
+        return None
+    directory = run.paths.checkpoint(run.plan.step)
+    if batch != run.plan.step or not (directory / checkpoint.STATE).exists():
+        raise RatchetError(
+            f"The orchestrator's state before batch {batch} is neither in {last} nor in {directory}: "
+            "resume from another checkpoint (`ckpt ls` lists them)."
+        )
+    durable.verify(directory)
+    return (directory / checkpoint.STATE).read_bytes()
+
+
+def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
+    """The scheduler at the place where the log ends; its rows completed."""
+    config: RLConfig = run.config
+    shares = [EnvShare(env.label, env.weight, envs[env.label].size) for env in config.orchestrator.env]
+    scheduler = Scheduler(rules_of(config), shares)
+    batch = next_batch(run)
+    if (state := read_state(run, batch)) is not None:
+        scheduler.restore(state)
+    if scheduler.next_batch != batch:
+        raise RatchetError(
+            f"The orchestrator's state is that before batch {scheduler.next_batch}, the log ends before "
+            f"batch {batch}: this run directory is not consistent."
+        )
+    resume.restore_rows(run.stage, batch)
+    return scheduler
+
+
+async def orchestrate(run: Assignment, base_url: str) -> None:
+    """Run one incarnation to its end. Raises: Stopped, Refusal, RatchetError, or whatever a task raised."""
+    config: RLConfig = run.config
+    chat = Chat.load(config.model.tokenizer or config.model.name)
+    envs = {env.label: registry.build(env) for env in config.orchestrator.env}
+    scheduler = build_scheduler(run, envs)
+    slots = config.inference.slots if config.inference is not None else _SLOTS_UNKNOWN
+    concurrency = 2 * slots
+    async with Client(base_url, config.orchestrator.client, concurrency=concurrency) as client:
+        orchestrator = Orchestrator(run, client, chat, envs, scheduler, concurrency)
+        work = asyncio.create_task(orchestrator.run())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+        try:
+            await work
+        except asyncio.CancelledError:
+            # A batch that is being published is finished by its thread; what is in flight is played again.
+            raise Stopped(
+                f"stopped before batch {scheduler.next_batch}; the same command continues."
+            ) from None
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    """The exception that stopped the others."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,216 @@
+"""One rollout: the prompt is rendered once, tokens go in and come out, the environment has the last word.
+
+Nothing is ever tokenised again: the prompt of a further turn is the tokens so far plus the rendering of the
+new messages. A failure is a value with a reason, never a reward of 0.
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from ratchet.chat import Chat
+from ratchet.config import ClientConfig
+from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript, settle
+from ratchet.errors import RatchetError
+from ratchet.log import LOGGER
+from ratchet.orchestrator.client import Client, Completion
+from ratchet.orchestrator.served import Served
+from ratchet.records import RolloutFailure, Sample, VersionSpan
+from ratchet.rng import derive
+
+T = TypeVar("T")
+
+ENV_ERROR = "env_error"
+BAD_SCORE = "bad_score"
+TOO_LONG = "too_long"
+EMPTY = "empty"
+_ERRORS_SHOWN = 10
+
+
+class Place(NamedTuple):
+    """Where a rollout belongs; its seeds follow from nothing else."""
+
+    domain: Literal["rollout", "eval"]
+    env: str
+    draw: int
+    rollout: int
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the answers of a rollout are sampled. `policy` demands that one policy samples every token."""
+
+    seed: int
+    max_tokens: int
+    temperature: float
+    policy: int | None = None
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """What all rollouts of a task share: rendered once."""
+
+    env: Environment
+    task: Task
+    messages: tuple[Message, ...]
+    token_ids: list[int]
+
+
+class Tokens(msgspec.Struct):
+    """The context of a rollout as it grows."""
+
+    ids: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    versions: list[VersionSpan]
+
+    def add_context(self, ids: Sequence[int]) -> None:
+        self.ids.extend(ids)
+        self.mask.extend([False] * len(ids))
+        self.logprobs.extend([0.0] * len(ids))
+
+    def add_answer(self, answer: Completion, steps: Sequence[int]) -> None:
+        start = len(self.ids)
+        self.ids.extend(answer.token_ids)
+        self.mask.extend([True] * len(answer.token_ids))
+        self.logprobs.extend(answer.logprobs)
+        for span, step in zip(answer.versions, steps, strict=True):
+            if span.end > span.start:
+                self.versions.append(VersionSpan(step, start + span.start, start + span.end))
+
+
+class _Strange(Exception):
+    """Tokens of weights that are not ours: whatever was sampled is discarded."""
+
+
+class Player:
+    """Plays rollouts against one server; at most `concurrency` requests are open at a time."""
+
+    def __init__(
+        self, chat: Chat, client: Client, served: Served, config: ClientConfig, *, concurrency: int
+    ) -> None:
+        self._chat = chat
+        self._client = client
+        self._served = served
+        self._replays = config.retries
+        self._slots = asyncio.Semaphore(concurrency)
+        self._errors_seen = 0
+
+    async def open(self, env: Environment, index: int, split: Split) -> Opening | RolloutFailure:
+        """Render the prompt of a task, for all its rollouts."""
+
+        async def first_messages() -> tuple[Task, tuple[Message, ...]]:
+            task = await settle(env.task(index, split))
+            return task, tuple(await settle(env.messages(task)))
+
+        found = await self._guard(first_messages(), f"{split} task {index}")
+        if isinstance(found, RolloutFailure):
+            return found
+        task, messages = found
+        return Opening(env, task, messages, self._chat.render(messages))
+
+    async def play(self, opening: Opening, place: Place, sampling: Sampling) -> Sample | RolloutFailure:
+        """One rollout to its score. Played again, with the same seeds, if the server held other weights."""
+        for _ in range(self._replays + 1):
+            generation = self._served.generation
+            try:
+                return await self._play_once(opening, place, sampling)
+            except _Strange:
+                await self._served.reconcile(generation)
+        raise RatchetError(
+            f"The server keeps answering with other weights than policy {self._served.step}: "
+            "another program gives it weights too; use a server of its own for each run."
+        )
+
+    async def _play_once(self, opening: Opening, place: Place, sampling: Sampling) -> Sample | RolloutFailure:
+        tokens = Tokens([], [], [], [])
+        tokens.add_context(opening.token_ids)
+        messages, turn = opening.messages, 0
+        while True:
+            if self._is_too_long(tokens, sampling):
+                return RolloutFailure(TOO_LONG, f"turn {turn} does not fit the server's max_model_len")
+            answer = await self._answer(tokens, derive(sampling.seed, *place, turn), sampling)
+            if not answer.token_ids:
+                return RolloutFailure(EMPTY, "the answer has no tokens")
+            messages = (*messages, self._message(answer))
+            transcript = Transcript(messages, answer.finish_reason)
+            result = await self._step(opening, transcript)
+            if isinstance(result, RolloutFailure):
+                return result
+            if isinstance(result, Score):
+                return _sample(opening.task, place, tokens, result, answer.finish_reason)
+            is_closed = answer.finish_reason == "stop"
+            tokens.add_context(self._chat.render_more(messages, result, is_closed=is_closed))
+            messages, turn = (*messages, *result), turn + 1
+
+    def _is_too_long(self, tokens: Tokens, sampling: Sampling) -> bool:
+        limit = self._client.max_model_len
+        return limit is not None and len(tokens.ids) + sampling.max_tokens > limit
+
+    async def _answer(self, tokens: Tokens, seed: int, sampling: Sampling) -> Completion:
+        """Sample one answer and append it. Raises: _Strange if any token is not by a policy of ours."""
+        async with self._slots:
+            answer = await self._client.generate(
+                tokens.ids,
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                stop_token_ids=self._chat.stop_token_ids,
+            )
+        steps = self._served.steps_of(answer.versions, sampling.policy)
+        if steps is None:
+            raise _Strange
+        tokens.add_answer(answer, steps)
+        return answer
+
+    def _message(self, answer: Completion) -> Message:
+        return {"role": "assistant", "content": self._chat.decode(answer.token_ids)}
+
+    async def _step(self, opening: Opening, transcript: Transcript) -> StepResult:
+        async def step() -> StepResult:
+            result = await settle(opening.env.step(opening.task, transcript))
+            if isinstance(result, Score):
+                metrics = {name: float(value) for name, value in result.metrics.items()}
+                return Score(float(result.reward), metrics)
+            if isinstance(result, RolloutFailure):
+                return result
+            if not result or isinstance(result, str):
+                raise TypeError(f"step returned {result!r}: no score, no failure, no messages")
+            return list(result)
+
+        result = await self._guard(step(), f"task {opening.task.id}")
+        if isinstance(result, Score) and not _is_finite(result):
+            return RolloutFailure(BAD_SCORE, f"{result}")
+        return result
+
+    async def _guard(self, call: Awaitable[T], what: str) -> T | RolloutFailure:
+        """Run an environment's own code: whatever it raises is the rollout's failure, not the program's."""
+        try:
+            return await call
+        except Exception as error:
+            self._errors_seen += 1
+            if self._errors_seen <= _ERRORS_SHOWN:
+                LOGGER.warning("the environment failed on %s", what, exc_info=error)
+            return RolloutFailure(ENV_ERROR, repr(error))
+
+
+def _is_finite(score: Score) -> bool:
+    return all(math.isfinite(value) for value in (score.reward, *score.metrics.values()))
+
+
+def _sample(task: Task, place: Place, tokens: Tokens, score: Score, finish_reason: str) -> Sample:
+    return Sample(
+        env=place.env,
+        task=task.id,
+        draw=place.draw,
+        rollout=place.rollout,
+        token_ids=tokens.ids,
+        mask=tokens.mask,
+        logprobs=tokens.logprobs,
+        versions=tokens.versions,
+        reward=score.reward,
+        advantage=0.0,
+        finish_reason=finish_reason,
+        metrics=score.metrics,
+    )

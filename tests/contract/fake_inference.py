@@ -1,0 +1,143 @@
+"""A server that speaks the protocol without a model: its answers are a function of weights, prompt and seed.
+
+It can tear requests, be restarted with other weights, answer late, and refuse an architecture.
+"""
+
+import asyncio
+import hashlib
+import random
+from pathlib import Path
+
+from aiohttp import web
+
+END = 1
+FIRST_LETTER, LETTERS = 8, 26
+
+
+class FakeInference:
+    def __init__(self):
+        self.version = "default"
+        self.is_paused = False
+        self.updates: list[str] = []
+        self.generated = 0
+        self.delay_s = 0.0
+        self.tear_every = 0
+        self.abort_every = 0
+        self.restart_at: set[int] = set()
+        self.refuses = ""
+        self.path = ""
+        self.served_by_prompt: dict[tuple[int, ...], set[str]] = {}
+        self.script: dict[str, list[int]] = {}
+        """Statuses with which the next calls of a path are answered instead; 0 restarts the server."""
+        self._counter = 0
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+
+    async def start(self, port=0):
+        app = web.Application(client_max_size=1 << 26, middlewares=[self.scripted])
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/weight_info", self.weight_info)
+        app.router.add_post("/inference/v1/generate", self.generate)
+        app.router.add_post("/pause", self.pause)
+        app.router.add_post("/resume", self.resume)
+        app.router.add_post("/update_weights", self.update_weights)
+        app.router.add_post("/finish_weight_update", self.finish)
+        for name in ("/start_weight_update", "/reset_prefix_cache"):
+            app.router.add_post(name, self.nothing)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    async def stop(self):
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def scripted(self, request, handler):
+        if statuses := self.script.get(request.path):
+            if status := statuses.pop(0):
+                return web.json_response({"error": {"message": "as scripted"}}, status=status)
+            self.restart()
+            request.transport.abort()
+        return await handler(request)
+
+    async def health(self, request):
+        return web.Response()
+
+    async def nothing(self, request):
+        return web.json_response({})
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "fake", "max_model_len": 128}]})
+
+    async def weight_info(self, request):
+        facts = {"model_type": "qwen3", "hidden_size": 128}
+        info = {"weight_version": self.version, "paused": self.is_paused, "architecture_facts": facts}
+        return web.json_response(info)
+
+    async def pause(self, request):
+        assert request.query["mode"] in ("keep", "wait")
+        self.is_paused = True
+        self._resumed.clear()
+        return web.json_response({})
+
+    async def resume(self, request):
+        self.is_paused = False
+        self._resumed.set()
+        return web.json_response({})
+
+    async def update_weights(self, request):
+        if self.refuses:
+            return web.json_response({"error": {"message": self.refuses}}, status=409)
+        self.path = (await request.json())["update_info"]["path"]
+        assert Path(self.path).is_absolute()
+        assert (Path(self.path) / "config.json").exists()
+        return web.json_response({})
+
+    async def finish(self, request):
+        self.version = (await request.json())["weight_version"]
+        self.updates.append(self.version)
+        return web.json_response({})
+
+    def restart(self, version="default"):
+        """What a crash and a fresh start look like from outside."""
+        self.version = version
+        self.is_paused = False
+        self._resumed.set()
+
+    async def generate(self, request):
+        body = await request.json()
+        assert not {"top_p", "top_k"} & set(body["sampling_params"])
+        self._counter += 1
+        count = self._counter
+        if count in self.restart_at:
+            self.restart("another-run/0/0/abc" if count % 2 else "default")
+        if self.tear_every and count % self.tear_every == 0:
+            request.transport.abort()
+            return web.Response()
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s * (count % 3))
+        await self._resumed.wait()
+        self.generated += 1
+        token_ids, logprobs = self.answer(body["token_ids"], body["sampling_params"])
+        self.served_by_prompt.setdefault(tuple(body["token_ids"]), set()).add(self.version)
+        aborted = self.abort_every and count % self.abort_every == 0
+        choice = {
+            "token_ids": token_ids,
+            "finish_reason": "abort" if aborted else "stop" if token_ids[-1] == END else "length",
+            "logprobs": {"content": [{"token": "", "logprob": value} for value in logprobs]},
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
+        }
+        return web.json_response({"choices": [choice]})
+
+    def answer(self, prompt, sampling):
+        """Letters from a hash of everything that may matter; the run's id may not."""
+        weights = "/".join(self.version.split("/")[2:])
+        place = repr((weights, prompt, sampling["seed"], sampling["temperature"]))
+        rng = random.Random(hashlib.sha256(place.encode()).digest())
+        token_ids = [FIRST_LETTER + rng.randrange(LETTERS) for _ in range(rng.randrange(1, 8))]
+        token_ids = [*token_ids, END][: sampling["max_tokens"]]
+        return token_ids, [-rng.random() for _ in token_ids]

@@ -1,0 +1,457 @@
+"""The orchestrator as a real process, between a server that speaks the protocol and a trainer of one hash."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from fake_inference import END, FakeInference
+
+from ratchet import attempts, batchlog, digest, durable, metrics, weights
+from ratchet.config import RLConfig
+from ratchet.durable import Stage
+from ratchet.launch.opening import open_attempt
+
+MODEL = Path(__file__).parents[2] / "examples" / "reverse_text" / "model"
+STEPS = 4
+
+
+@pytest.fixture
+async def server():
+    server = FakeInference()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("train", 7), ("eval", 3)):
+        lines = [json.dumps({"text": f"{name} {'abcdefg'[: i + 1]}"}) + "\n" for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "my_env.py").write_text(MY_ENV)
+    return tmp_path
+
+
+MY_ENV = '''
+import asyncio
+from ratchet.envs.base import Environment, Score, Task
+from ratchet.records import RolloutFailure
+
+class Talk(Environment):
+    """Two turns, both methods coroutines; some tasks fail in each of the ways that a task can."""
+    def __init__(self, failing=""):
+        self.failing = failing
+    @property
+    def size(self):
+        return 8
+    @property
+    def eval_size(self):
+        return 2
+    async def task(self, index, split):
+        return Task(f"{split}-{index}", index)
+    def messages(self, task):
+        return [{"role": "user", "content": f"task {task.data}"}]
+    async def step(self, task, transcript):
+        await asyncio.sleep(0)
+        if self.failing == "all":
+            raise ValueError("always")
+        if self.failing == "some" and task.data == 1:
+            raise ValueError("task 1")
+        if self.failing == "some" and task.data == 2 and len(transcript.completion) % 2:
+            return RolloutFailure("odd", "an odd answer")
+        if self.failing == "some" and task.data == 3:
+            return Score(float("nan"))
+        if len(transcript.messages) == 2:
+            return [{"role": "user", "content": "again"}]
+        return Score(len(transcript.completion) / 8, {"turns": 2.0})
+'''
+
+
+def settings(root, **more):
+    orchestrator = {
+        "env": [{"id": "reverse_text", "args": {"data": "train.jsonl", "eval_data": "eval.jsonl"}}],
+        "batch_size": 12,
+        "group_size": 4,
+        "sampling": {"max_tokens": 7},
+        "client": {"wait_s": 5, "timeout_s": 20, "retries": 8},
+        "eval": {"interval": 2, "tasks": 3, "rollouts_per_task": 2},
+    }
+    orchestrator |= more.pop("orchestrator", {})
+    given = {
+        "model": {"name": str(MODEL)},
+        "output_dir": str(root),
+        "max_steps": STEPS,
+        "ckpt": {},
+        "orchestrator": orchestrator,
+    }
+    return RLConfig.model_validate(given | more)
+
+
+class Run:
+    """One attempt: its orchestrator process, and a trainer in this process."""
+
+    def __init__(self, config, url):
+        self.config, self.url = config, url
+        opened = open_attempt("rl", config, lambda: None)
+        assert isinstance(opened.record, attempts.Record)
+        self.opened, self.paths, self.record = opened, opened.paths, opened.record
+        self.incarnation = 0
+        self.stage = Stage.open(self.paths, attempts.token(self.record.attempt, "trainer", 1))
+        self.trainer = None
+        self.unpublished = set()
+
+    async def start(self):
+        """Start an orchestrator; one that was killed before is fenced first."""
+        if self.incarnation:
+            token = attempts.token(self.record.attempt, "orchestrator", self.incarnation)
+            durable.revoke(self.paths, by=self.opened.stage, prefix=token)
+        self.incarnation += 1
+        self.trainer = self.trainer or asyncio.create_task(self.train())
+        environment = {k: v for k, v in os.environ.items() if k != "RATCHET_PARENT"}
+        command = ["-m", "ratchet.orchestrator", str(self.paths.root), str(self.record.attempt)]
+        arguments = [str(self.incarnation), "--base-url", self.url]
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, *arguments, env=environment, stderr=asyncio.subprocess.PIPE
+        )
+
+    async def wait(self):
+        """The exit code, and what was said."""
+        _, said = await asyncio.wait_for(self.process.communicate(), 40)
+        return self.process.returncode, said.decode()
+
+    async def finish(self):
+        code, said = await self.wait()
+        assert code == 0, said
+        await self.trainer
+        return said
+
+    async def close(self, code=1):
+        self.trainer.cancel()
+        await asyncio.gather(self.trainer, return_exceptions=True)
+        self.opened.close(code, "test")
+
+    async def train(self):
+        """Publish policy v for batch v-1, its content chained over all batches before."""
+        step = self.record.plan.step
+        state = "start"
+        self.publish(step, state)
+        while step < self.config.max_steps:
+            while not batchlog.is_ready(self.paths, step):
+                await asyncio.sleep(0.005)
+            samples, _ = batchlog.read(self.paths, step)
+            state = durable.hash_bytes(state.encode() + msgspec.msgpack.encode(samples))
+            step += 1
+            self.publish(step, state)
+
+    def publish(self, step, state):
+        if step in self.unpublished:
+            return
+        directory = self.stage.begin(f"weights_{step}")
+        (directory / "model.safetensors").write_text(state)
+        (directory / "config.json").write_bytes((MODEL / "config.json").read_bytes())
+        weights.commit(self.stage, directory, step=step, attempt=self.record.attempt)
+
+    async def batch(self, step):
+        while not batchlog.is_ready(self.paths, step):
+            assert self.process.returncode is None, await self.wait()
+            await asyncio.sleep(0.002)
+
+    def samples(self, step):
+        return batchlog.read(self.paths, step)[0]
+
+    def rows(self, role):
+        return metrics.read(self.paths.metric(role))
+
+
+async def complete(config, server):
+    run = Run(config, server.url)
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    return run
+
+
+def parts(run):
+    """What two runs are compared by."""
+    found = digest.parts(run.paths.root)
+    assert {f"batches/step_{step}" for step in range(STEPS)} <= set(found)
+    return found
+
+
+async def test_a_run_emits_its_batches_and_plays_its_evaluations(here, server):
+    run = await complete(settings(here / "run", deterministic=True), server)
+    for step in range(STEPS):
+        samples = run.samples(step)
+        assert [(s.draw, s.rollout) for s in samples] == [
+            (draw, rollout) for draw in range(3 * step, 3 * step + 3) for rollout in range(4)
+        ]
+        for sample in samples:
+            check_sample(sample, policy=max(0, step - 1))
+        for start in range(0, 12, 4):
+            assert sum(s.advantage for s in samples[start : start + 4]) == pytest.approx(0, abs=1e-9)
+    assert [row["step"] for row in run.rows("orchestrator")] == [1, 2, 3, 4]
+    assert [row["step"] for row in run.rows("evals")] == [0, 2, 4]
+    assert run.rows("orchestrator")[-1]["progress/total_problems"] == 12
+    assert all("eval/reverse_text/reward" in row for row in run.rows("evals"))
+    played = json.loads((run.paths.eval(2) / "reverse_text.json").read_text())
+    assert [(p["task"], p["rollout"]) for p in played] == [
+        (f"eval/{t}", r) for t in range(3) for r in range(2)
+    ]
+    # Each policy once, in order: an evaluation waits for its own, training for the one that it needs.
+    assert [int(name.split("/")[2]) for name in server.updates] == [0, 1, 2, 4]
+
+
+def check_sample(sample, policy):
+    prompt = sample.mask.index(True)
+    count = len(sample.token_ids)
+    assert sample.mask == [False] * prompt + [True] * (count - prompt)
+    assert [value < 0.0 for value in sample.logprobs] == sample.mask
+    assert [(v.step, v.start, v.end) for v in sample.versions] == [(policy, prompt, count)]
+    assert (sample.token_ids[-1] == END) == (sample.finish_reason == "stop")
+    assert 0.0 <= sample.reward <= 1.0
+
+
+_reference = {}
+
+
+@pytest.fixture
+async def reference(here, server):
+    """An uninterrupted run, made once: neither its directory nor its run id may matter."""
+    if not _reference:
+        _reference.update(parts(await complete(settings(here / "reference", deterministic=True), server)))
+    return _reference
+
+
+async def test_torn_late_and_aborted_answers_change_nothing(here, server, reference):
+    server.tear_every, server.abort_every, server.delay_s = 7, 11, 0.004
+    run = await complete(settings(here / "run", deterministic=True), server)
+    assert parts(run) == reference
+    assert sum(row["fault/retries"] for row in run.rows("orchestrator")) > 3
+
+
+async def test_tokens_of_other_weights_are_discarded_and_the_server_is_given_its_policy_again(
+    here, server, reference
+):
+    server.restart_at = {server.generated + n for n in (5, 20, 33, 50)}
+    run = await complete(settings(here / "run", deterministic=True), server)
+    assert parts(run) == reference
+    assert sum(row["fault/reconciled"] for row in run.rows("orchestrator")) > 0
+
+
+@pytest.mark.parametrize("killed_after", [0, 2])
+async def test_killed_and_started_again_in_the_same_attempt_it_is_the_same_run(
+    here, server, reference, killed_after
+):
+    server.delay_s = 0.02
+    run = Run(settings(here / "run", deterministic=True), server.url)
+    await run.start()
+    await run.batch(killed_after)
+    run.process.kill()
+    assert (await run.wait())[0] == -signal.SIGKILL
+    # What a server may look like then: paused in the middle of an update, or new.
+    server.is_paused = True
+    server.version = "default"
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    assert parts(run) == reference
+
+
+async def test_killed_and_continued_by_the_next_attempt_it_is_the_same_run(here, server, reference):
+    server.delay_s = 0.02
+    config = settings(here / "run", deterministic=True)
+    run = Run(config, server.url)
+    await run.start()
+    await run.batch(1)
+    run.process.kill()
+    await run.wait()
+    await run.close()
+    # Rows that were not appended before the crash are completed from what was published.
+    for role in ("orchestrator", "evals"):
+        run.paths.metric(role).write_bytes(b"")
+    server.restart()
+    run = await complete(config, server)
+    assert run.record.attempt == 2
+    assert parts(run) == reference
+
+
+async def test_asynchronous_batches_hold_every_draw_once_across_stops(here, server):
+    server.delay_s = 0.01
+    config = settings(here / "run", max_async_level=2, max_off_policy_steps=3)
+    run = Run(config, server.url)
+    await run.start()
+    await run.batch(0)
+    run.process.terminate()
+    code, said = await run.wait()
+    assert code == 75, said
+    assert "the same command continues" in said
+    await run.start()
+    await run.batch(2)
+    run.process.kill()
+    await run.wait()
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    trained = [sample.draw for step in range(STEPS) for sample in run.samples(step)]
+    assert sorted(trained) == sorted(4 * list(range(12)))
+    for step in range(STEPS):
+        assert all(step - 2 <= sample.oldest_policy <= step for sample in run.samples(step))
+    for step in (0, 2, 4):
+        assert durable.read_committed(run.paths.eval(step)) is not None
+    state = msgspec.json.decode(batchlog.read_state(run.paths.batch(STEPS - 1)))
+    assert (state["next_draw"], state["running"], state["ready"]) == (12, [], [])
+
+
+async def test_further_turns_continue_the_tokens_of_the_turns_before(here, server):
+    env = [{"id": "my_env:Talk"}]
+    run = await complete(settings(here / "run", orchestrator={"env": env}), server)
+    for sample in run.samples(1):
+        answers = [i for i in range(1, len(sample.mask)) if sample.mask[i] and not sample.mask[i - 1]]
+        assert len(answers) == len(sample.versions) == 2
+        second = tuple(sample.token_ids[: answers[1]])
+        assert second in server.served_by_prompt
+        # The template closes an answer, says the new message, and opens the next answer.
+        assert sample.token_ids[answers[1] - 1] == 4
+        assert sample.metrics == {"turns": 2.0}
+    assert run.rows("evals")[-1]["eval/Talk/turns"] == 2.0
+
+
+async def test_a_failed_rollout_is_counted_and_never_a_reward(here, server):
+    env = [{"id": "my_env:Talk", "args": {"failing": "some"}}]
+    run = await complete(settings(here / "run", deterministic=True, orchestrator={"env": env}), server)
+    trained = [sample for step in range(STEPS) for sample in run.samples(step)]
+    # 12 draws of 8 tasks: tasks 1 and 3 fail on every rollout, each was drawn at least once.
+    assert not {"train-1", "train-3"} & {sample.task for sample in trained}
+    total = {}
+    for row in run.rows("orchestrator"):
+        for key, value in row.items():
+            if key.startswith("rollouts/dropped/"):
+                total[key.rpartition("/")[2]] = total.get(key.rpartition("/")[2], 0) + value
+    assert total["env_error"] % 4 == total["bad_score"] % 4 == 0
+    assert total["env_error"] > 0
+    assert total["bad_score"] > 0
+    assert len(trained) + sum(total.values()) == STEPS * 12
+
+
+async def test_an_environment_that_always_fails_stops_the_run_with_a_sentence(here, server):
+    env = [{"id": "my_env:Talk", "args": {"failing": "all"}}]
+    run = Run(settings(here / "run", orchestrator={"env": env, "eval": None}), server.url)
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == 1
+    assert "groups failed while batch 0 was made" in said
+    assert "ValueError: always" in said
+
+
+async def test_a_server_of_another_architecture_is_refused(here, server):
+    server.refuses = "its weights have 4 layers, this server has 2."
+    run = Run(settings(here / "run"), server.url)
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == 2
+    assert "its weights have 4 layers" in said
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        {"/update_weights": [409]},  # restarted after /start_weight_update: it lost the thread
+        {"/update_weights": [500, 409], "/finish_weight_update": [503]},
+        {"/start_weight_update": [409], "/resume": [409, 0]},
+        {"/finish_weight_update": [0], "/weight_info": [0]},  # the name that it then reports is not ours
+        {"/pause": [500], "/health": [503, 0], "/v1/models": [0]},
+    ],
+)
+async def test_an_adoption_that_is_torn_anywhere_is_done_again_as_a_whole(here, server, script):
+    server.script = script
+    run = await complete(settings(here / "run", deterministic=True, max_steps=1), server)
+    assert [int(name.split("/")[2]) for name in server.updates][-1] == 1
+    assert not any(script.values())
+    check_sample(run.samples(0)[0], policy=0)
+
+
+async def test_a_server_that_never_holds_what_it_was_given_is_not_believed(here, server):
+    server.script = {"/finish_weight_update": [204] * 99}
+    client = {"retries": 2}
+    run = Run(settings(here / "run", orchestrator={"client": client}), server.url)
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == 1
+    assert "failed 3 times" in said
+    assert "it then reported version 'default'" in said
+    assert server.generated == 0
+
+
+async def test_an_evaluation_that_is_missing_at_a_resume_is_played_if_its_weights_are_there(here, server):
+    config = settings(here / "run", deterministic=True)
+    run = await complete(config, server)
+    before = parts(run)
+    for lost in (run.paths.eval(0), run.paths.eval(2), run.paths.eval(4), run.paths.batch(3)):
+        shutil.rmtree(lost)
+    shutil.rmtree(run.paths.weight(0))
+    with_another_outcome(run)
+    run = Run(config, server.url)
+    run.unpublished = {0}
+    await run.start()
+    said = await run.finish()
+    await run.close(0)
+    after = parts(run)
+    assert "policy 0 is gone" in said
+    assert [row["step"] for row in run.rows("evals")] == [2, 4]
+    for name in ("evals/step_2", "evals/step_4", "batches/step_3"):
+        assert after[name] == before[name]
+
+
+def with_another_outcome(run):
+    """The record of an attempt that did not finish."""
+    stage = Stage.open(run.paths, "001.test.0")
+    attempts.write(stage, msgspec.structs.replace(run.record, outcome=attempts.Outcome(1, "test")))
+
+
+async def test_nobody_answering_is_refused_after_the_wait(here):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client = {"wait_s": 0.3}
+    run = Run(settings(here / "run", orchestrator={"client": client}), f"http://127.0.0.1:{port}")
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == 2
+    assert f"nobody answers at http://127.0.0.1:{port} after 0.3 s" in said
+
+
+async def test_a_replaced_orchestrator_stops_without_publishing(here, server):
+    run = Run(settings(here / "run", orchestrator={"eval": None}), server.url)
+    run.trainer = asyncio.create_task(asyncio.sleep(60))  # no weights: the orchestrator waits
+    await run.start()
+    token = attempts.token(run.record.attempt, "orchestrator", 1)
+    while not (run.paths.staging / token).exists():
+        await asyncio.sleep(0.01)
+    durable.revoke(run.paths, by=run.opened.stage, prefix=token)
+    code, said = await run.wait()
+    await run.close()
+    assert code == 76, said
+
+
+async def test_stopped_while_it_waits_for_weights_it_ends_promptly(here, server):
+    run = Run(settings(here / "run"), server.url)
+    run.trainer = asyncio.create_task(asyncio.sleep(60))
+    await run.start()
+    assert run.process.stderr is not None
+    while b"at batch 0" not in await run.process.stderr.readline():
+        pass
+    run.process.terminate()
+    code, _ = await asyncio.wait_for(run.wait(), 5)
+    await run.close()
+    assert code == 75
