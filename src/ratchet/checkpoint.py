@@ -36,11 +36,9 @@ def is_committed(paths: RunPaths, step: int) -> bool:
 def copy_orchestrator_state(stage: Stage, directory: Path, step: int) -> list[FileEntry]:
     """Take the orchestrator's part from the log: its state just after batch step-1.
 
-    Returns the entries to commit; none for SFT and for step 0. Raises: Damaged.
+    Returns the entries to commit. Raises: Damaged if the batch is not sound: then there is no checkpoint either.
     """
     batch = stage.paths.batch(step - 1)
-    if not batch.exists():
-        return []
     target = directory / STATE
     target.parent.mkdir()
     target.write_bytes(batchlog.read_state(batch))
@@ -93,14 +91,22 @@ def retain(stage: Stage, ckpt: CkptConfig) -> list[int]:
     return gone
 
 
-def prune_batches(stage: Stage, *, consumed: int, ckpt: CkptConfig | None) -> None:
-    """Delete the batches that no resume can need: called when policy `consumed` is published.
+def prune(
+    stage: Stage, ckpt: CkptConfig | None, *, published: int, oldest_served: int, async_level: int
+) -> None:
+    """Delete what neither a resume nor a server can need: after policy `published`, and after a retention."""
+    _prune_batches(stage, ckpt, published)
+    _prune_weights(stage, oldest_served, published, async_level)
 
-    Without checkpoints a consumed batch is done. With `keep_last` batches stay from the oldest of the
-    newest K checkpoints on; without it all stay, so that step 0 remains an implicit checkpoint.
+
+def _prune_batches(stage: Stage, ckpt: CkptConfig | None, published: int) -> None:
+    """Without checkpoints a consumed batch is done, except the last: a restarted orchestrator needs its state.
+
+    With `keep_last` batches stay from the oldest of the newest K checkpoints on; without it all stay, so that
+    step 0 remains an implicit checkpoint.
     """
     if ckpt is None:
-        oldest = consumed
+        oldest = published - 1
     elif ckpt.keep_last is None:
         return
     else:
@@ -112,7 +118,7 @@ def prune_batches(stage: Stage, *, consumed: int, ckpt: CkptConfig | None) -> No
         stage.remove(stage.paths.batch(step))
 
 
-def prune_weights(stage: Stage, *, oldest_served: int, newest: int, async_level: int) -> None:
+def _prune_weights(stage: Stage, oldest_served: int, newest: int, async_level: int) -> None:
     """Delete published policies below the oldest that a server may still hold.
 
     Kept are the newest, those of every checkpoint, and for each checkpoint v the policies

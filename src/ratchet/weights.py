@@ -18,6 +18,18 @@ from ratchet.records import Manifest
 # What may differ between two files that describe the same network.
 _COSMETIC = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 
+_FACTS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
 
 class Policy(msgspec.Struct, frozen=True):
     """One published policy, as the wire names it."""
@@ -47,7 +59,7 @@ def commit(stage: Stage, directory: Path, *, step: int, attempt: int) -> Manifes
     """Publish a staged model directory as weights/step_{step}.
 
     The same content under that name already is a no-op.
-    Raises: Fenced; RatchetError if other content stands under that name (see `supersede`).
+    Raises: Fenced; RatchetError if other content stands under that name: the trainer moves it aside before.
     """
     manifest = Manifest(kind="weights", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
     return stage.commit(directory, stage.paths.weight(step), manifest)
@@ -73,5 +85,10 @@ def architecture_digest(config: Mapping[str, Any]) -> str:
     return durable.hash_bytes(msgspec.json.encode(essential, order="deterministic"))
 
 
-def read_architecture(directory: Path) -> str:
-    return architecture_digest(msgspec.json.decode((directory / "config.json").read_bytes()))
+def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which a person tells two networks apart, where the config states them."""
+    return {key: config[key] for key in _FACTS if key in config}
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    return facts(msgspec.json.decode((directory / "config.json").read_bytes()))

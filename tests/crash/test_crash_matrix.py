@@ -37,6 +37,8 @@ ROLLBACK_POINTS = {
     "batch.committed": (1,),
     "checkpoint.before_rename": (1,),
 }
+# The toy has neither shards nor evaluations: the real programs die there in tests/e2e.
+ELSEWHERE = {"checkpoint.before_shards", "checkpoint.after_shards"}
 
 
 def run(root, *flags, steps=STEPS, crash_at=""):
@@ -144,4 +146,4 @@ def test_every_durable_point_in_the_code_has_a_row():
             expanded |= {name.replace("{path.name}", f) for f in ("record.json", "run.toml")}
         else:
             expanded.add(name)
-    assert expanded - {*POINTS, *ROLLBACK_POINTS} == set()
+    assert expanded - {*POINTS, *ROLLBACK_POINTS, *ELSEWHERE} == set()

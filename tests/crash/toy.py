@@ -39,6 +39,10 @@ def publish_weights(stage, step, state, attempt):
     weights.commit(stage, directory, step=step, attempt=attempt)
 
 
+def prune(stage, step, config):
+    checkpoint.prune(stage, config.ckpt, published=step, oldest_served=step - 1, async_level=0)
+
+
 def save(stage, step, state, config, attempt):
     if checkpoint.is_committed(stage.paths, step):
         return
@@ -51,7 +55,7 @@ def save(stage, step, state, config, attempt):
         stage, directory, step=step, attempt=attempt, world_size=1, entries=entries, meta=meta, versions={}
     )
     checkpoint.retain(stage, config.ckpt)
-    checkpoint.prune_batches(stage, consumed=step, ckpt=config.ckpt)
+    prune(stage, step, config)
 
 
 def restore(paths, plan):
@@ -106,7 +110,7 @@ def main():
         step += 1
         metrics.append(stage, paths.metric("trainer"), {"step": step, "loss": int(state[:6], 16)})
         publish_weights(stage, step, state, attempt)
-        checkpoint.prune_weights(stage, oldest_served=step - 1, newest=step, async_level=0)
+        prune(stage, step, config)
         if config.ckpt is not None and config.ckpt.is_due(step, config.max_steps):
             save(stage, step, state, config, attempt)
     opened.close(0, "complete")

@@ -67,6 +67,8 @@ def test_deterministic_survives_the_death_of_each_program(tmp_path):
         assert process.returncode == 1, output
         assert f"{role} was killed by signal 9" in output
         assert not processes_of(root)
+    # The last evaluation is published, and the orchestrator dies before it appends the row.
+    run("rl", *command, "--output-dir", root, code=1, RATCHET_CRASH_AT="eval.committed:1")
     run("rl", *command, "--output-dir", root)
     assert run_digest(root) == run_digest(calm)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 import uvicorn
 
+from ratchet import weights
 from ratchet.chat import Chat
 from ratchet.config import InferenceConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -74,6 +75,7 @@ def load_engine(config: RLConfig, settings: InferenceConfig) -> tuple[Engine, di
         "device": device,
         "threads": settings.threads,
         "batch_invariant": is_invariant,
+        "architecture_facts": weights.facts(model.config.to_dict()),
     }
     return Engine(slot_model, chat.decode), facts
 

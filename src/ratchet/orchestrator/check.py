@@ -1,13 +1,11 @@
 """What can be refused before an RL run starts: environments, prompts, and a server that does not fit."""
 
 import asyncio
-import json
 import re
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -23,17 +21,6 @@ _PROBE_POLL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0
 # Prompts are measured by their text; of so many tasks at most, spread over the data.
 _TASKS_MEASURED = 2000
-FACTS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 def check(config: RLConfig) -> None:
@@ -123,14 +110,11 @@ def probe(config: RLConfig) -> None:
 
 
 def _check_architecture(url: str, info: WeightInfo, directory: Path) -> None:
-    """Compare what both state; a digest that is equal needs no further look."""
-    if info.architecture is not None and info.architecture == weights.read_architecture(directory):
-        return
-    own: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    both = [key for key in FACTS if key in info.architecture_facts and key in own]
-    different = [key for key in both if info.architecture_facts[key] != own[key]]
+    """Compare what both state; the server itself compares everything when it is given weights."""
+    theirs_all, own = info.architecture_facts, weights.read_facts(directory)
+    different = [key for key in own if key in theirs_all and theirs_all[key] != own[key]]
     if different:
-        theirs = ", ".join(f"{key} {info.architecture_facts[key]}" for key in different)
+        theirs = ", ".join(f"{key} {theirs_all[key]}" for key in different)
         ours = ", ".join(f"{key} {own[key]}" for key in different)
         raise Refusal(
             f"The server at {url} holds another model ({theirs}) than {directory} ({ours}): "

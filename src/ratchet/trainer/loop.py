@@ -38,7 +38,8 @@ class Trainer:
         optimizer = Optimizer(model, self._config.trainer.optim)
         self._state = TrainerState(model, optimizer, Progress())
         self._updater = Updater(policy, optimizer, world, self._config.trainer, choose_loss(self._config))
-        self._checkpointer = Checkpointer(assignment, world, self._prune_weights)
+        self._checkpointer = Checkpointer(assignment, world, on_commit=self._prune)
+        self._oldest_served = 0
         self._publisher = Publisher(assignment, world)
         self._source = self._open_source()
         if assignment.plan.from_checkpoint:
@@ -112,16 +113,12 @@ class Trainer:
         metrics.append(self._assignment.stage, self._assignment.paths.metric("trainer"), row)
 
     def _publish(self, batch: Batch) -> None:
-        """RL publishes every policy, and then drops what nobody can need; SFT those of its checkpoints."""
+        """RL publishes every policy, SFT those of its checkpoints."""
         if isinstance(self._config, RLConfig):
             self._publisher.publish(self._state.model, self._step)
-            if self._world.is_first and batch.oldest_served is not None:
-                stage, ckpt = self._assignment.stage, self._config.ckpt
-                checkpoint.prune_batches(stage, consumed=self._step, ckpt=ckpt)
-                level = self._config.max_async_level
-                checkpoint.prune_weights(
-                    stage, oldest_served=batch.oldest_served, newest=self._step, async_level=level
-                )
+            self._oldest_served = batch.oldest_served or 0
+            if self._world.is_first:
+                self._prune(self._step)
         elif self._is_due() or self._step == self._config.max_steps:
             self._publisher.publish(self._state.model, self._step)
 
@@ -134,10 +131,16 @@ class Trainer:
         self._checkpointer.save(self._state)
         LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
 
-    def _prune_weights(self, step: int) -> None:
-        """After a commit, SFT keeps the policies of its checkpoints and the newest."""
-        if isinstance(self._config, SFTConfig):
-            checkpoint.prune_weights(self._assignment.stage, oldest_served=step, newest=step, async_level=0)
+    def _prune(self, step: int) -> None:
+        """Drop what nobody can need once policy or checkpoint `step` is there. SFT has no server to wait for."""
+        is_rl = isinstance(self._config, RLConfig)
+        checkpoint.prune(
+            self._assignment.stage,
+            self._config.ckpt,
+            published=step,
+            oldest_served=self._oldest_served if is_rl else step,
+            async_level=self._config.max_async_level if isinstance(self._config, RLConfig) else 0,
+        )
 
     def _stop(self) -> None:
         """Asked to stop before an update: save policy k where checkpoints are on. Raises: Stopped"""

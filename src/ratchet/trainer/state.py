@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ratchet import attempts, checkpoint, durable, metrics
 from ratchet.attempts import Assignment
+from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.records import FileEntry, Progress
 from ratchet.trainer import schedule
@@ -176,7 +177,8 @@ class Checkpointer:
         if not self._world.is_first:
             return
         stage = self._assignment.stage
-        entries += checkpoint.copy_orchestrator_state(stage, directory, step)
+        if isinstance(self._config, RLConfig):
+            entries += checkpoint.copy_orchestrator_state(stage, directory, step)
         checkpoint.commit(
             stage,
             directory,
@@ -187,6 +189,7 @@ class Checkpointer:
             meta=meta,
             versions=attempts.environment(),
         )
+        assert self._config.ckpt is not None
         checkpoint.retain(stage, self._config.ckpt)
         self._on_commit(step)
 
