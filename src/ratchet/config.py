@@ -60,6 +60,8 @@ class CkptConfig(BaseConfig):
     """Also keep every checkpoint whose step is a multiple of N."""
     resume_step: Free[Annotated[int, Field(ge=-1)] | None] = None
     """Continue from this step; -1 means the newest one."""
+    max_failed_saves: Free[Positive] = 3
+    """So many saves in a row may fail (a full disk) before the run stops with exit code 74."""
     on_corrupt: Free[Literal["stop", "fallback"]] = "stop"
     """A damaged checkpoint stops the start, or is moved aside so that an older one serves."""
 
@@ -72,6 +74,19 @@ class LogConfig(BaseConfig):
     """What the programs say."""
 
     level: Free[Literal["debug", "info", "warning", "error"]] = "info"
+
+
+class LaunchConfig(BaseConfig):
+    """How the launcher of `rl`, `sft` and `trainer` deals with a program that died or froze."""
+
+    max_restarts: Free[int] = Field(default=3, ge=0)
+    """How often each program is started again alone within the window; 0 stops the run at the first failure."""
+    restart_window_s: Free[float] = Field(default=600.0, gt=0)
+    """Restarts longer ago than this are forgotten."""
+    backoff_s: Free[float] = Field(default=0.5, ge=0)
+    """The pause before a restart; it doubles with each recent one."""
+    frozen_s: Free[float] = Field(default=60.0, ge=2)
+    """A program that gives no sign of life for so long is replaced. A long step or wait gives signs of life."""
 
 
 class OptimConfig(BaseConfig):
@@ -263,6 +278,7 @@ class RunConfig(BaseConfig):
     seed: Fixed[int] = 0
     ckpt: CkptConfig | None = None
     log: LogConfig = LogConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     SECTIONS: ClassVar[tuple[str, ...]] = ()
 

@@ -271,7 +271,7 @@ class Stage:
         fsync_path(path.parent)
 
     def remove(self, path: Path) -> None:
-        """Delete a published directory: it stops existing at once, its bytes go afterwards."""
+        """Delete a published directory or file: it stops existing at once, its bytes go afterwards."""
         grave = self.directory / f"del-{next(self._numbers)}-{path.name}"
         try:
             os.rename(path, grave)
@@ -287,6 +287,28 @@ class Stage:
         self.check()
         with path.open("ab") as file:
             file.write(data)
+
+    def create(self, path: Path, data: bytes) -> None:
+        """Begin a log under a new name, by rename and so fenced; `fsync_path` makes it survive the machine."""
+        staged = self.directory / f"{next(self._numbers)}-{path.name}"
+        try:
+            staged.write_bytes(data)
+            crash_point("create.before_rename")
+            os.rename(staged, path)
+        except FileNotFoundError:
+            self.check()
+            raise
+
+    def extend(self, path: Path, data: bytes) -> None:
+        """Append to a log that `create` began; one that was moved or deleted is not begun again."""
+        self.check()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        finally:
+            os.close(descriptor)
 
     def truncate(self, path: Path, size_bytes: int) -> None:
         """Cut a log of lines back to a length that is known to be true."""

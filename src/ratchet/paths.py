@@ -60,6 +60,14 @@ class RunPaths:
         return self.root / "metrics"
 
     @property
+    def ledger(self) -> Path:
+        return self.root / "ledger" / "ledger.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal"
+
+    @property
     def superseded(self) -> Path:
         return self.root / "superseded"
 

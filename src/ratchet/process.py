@@ -1,13 +1,14 @@
 """What every program of a run does at its start and at its end."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from ratchet.errors import EXIT_CRASH, RatchetError
+from ratchet.errors import EXIT_CRASH, EXIT_SAVE_FAILED, RatchetError
 from ratchet.log import LOGGER
 
 _PR_SET_PDEATHSIG = 1
@@ -32,7 +33,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
     except RatchetError as error:
         LOGGER.error("%s", error)
-        code = error.exit_code
+        code = EXIT_FENCED if heartbeat.is_fenced() else error.exit_code
+    except Exception as error:
+        if not heartbeat.is_fenced():
+            raise
+        LOGGER.error("replaced by a newer process: %r", error)
+        code = EXIT_FENCED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        LOGGER.error("The disk is full (%s): make room, then run the same command again.", error)
+        code = EXIT_SAVE_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import batchlog, durable, metrics
+from ratchet import batchlog, durable, ledger, metrics
 from ratchet.attempts import Plan
 from ratchet.durable import Stage
 from ratchet.errors import Damaged, Refusal
@@ -263,7 +263,7 @@ def apply(stage: Stage, chosen: Plan, attempt: int) -> None:
 
 
 def restore_rows(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None:
-    """Make the orchestrator's metric files say what its published parts say: rows cut, rows completed.
+    """Make the orchestrator's metric files and its ledger say what its published parts say: cut, and completed.
 
     A row is born inside its batch or evaluation: one that was not appended before a crash is appended now.
     """
@@ -271,6 +271,7 @@ def restore_rows(stage: Stage, next_batch: int, *, aside: Path | None = None) ->
     evals = list(durable.committed(paths.evals))
     _rewind(stage, paths.metric("orchestrator"), next_batch, aside)
     _rewind(stage, paths.metric("evals"), max(evals, default=-1), aside)
+    ledger.restore(stage, next_batch, aside=aside)
     rows = metrics.read(paths.metric("orchestrator"))
     last = rows[-1]["step"] if rows else 0
     for step in range(last, next_batch):

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 LAYERS = [
     {"records", "errors", "paths", "rng"},
     {"config", "durable", "hub", "log", "process"},
-    {"attempts", "batchlog", "chat", "checkpoint", "digest", "metrics", "resume", "weights"},
+    {"attempts", "batchlog", "chat", "checkpoint", "digest", "ledger", "metrics", "resume", "weights"},
     {"envs", "models"},
     {"trainer", "orchestrator", "inference"},
     {"report"},

@@ -4,11 +4,14 @@ Heavy imports wait until a command needs them: a refusal is said in well under a
 """
 
 import sys
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from ratchet import log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig, load
+from ratchet.errors import Refusal
 from ratchet.launch.join import join_orchestrator
+from ratchet.launch.replay import replay
 from ratchet.launch.run import run
 
 C = TypeVar("C", bound=RunConfig)
@@ -62,8 +65,18 @@ def _check_rl(config: RLConfig) -> None:
 
 
 def trainer() -> NoReturn:
-    """The trainer of an RL run alone: it opens the attempt, other machines join it."""
-    process.run(_trainer)
+    """The trainer of an RL run alone: it opens the attempt, other machines join it.
+
+    `trainer --replay RUN` trains a finished or stopped run again from its batches, and compares.
+    """
+    process.run(_replay if sys.argv[1:2] == ["--replay"] else _trainer)
+
+
+def _replay() -> int:
+    log.setup("trainer")
+    if len(sys.argv) != 3:
+        raise Refusal("Usage: trainer --replay RUN, with the directory of a run.")
+    return replay(Path(sys.argv[2]))
 
 
 def _trainer() -> int:

@@ -185,6 +185,7 @@ def _carry_out(stage: Stage, record: Record) -> Record:
         paths.weights,
         paths.checkpoints,
         paths.evals,
+        paths.journal,
         paths.metrics,
         paths.superseded,
     ):

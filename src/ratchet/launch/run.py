@@ -10,6 +10,7 @@ from ratchet.attempts import Plan
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch.opening import Attempt, open_attempt
+from ratchet.launch.preflight import disk_warning
 from ratchet.launch.supervisor import Supervisor
 from ratchet.report.console import Console
 
@@ -52,6 +53,8 @@ def _greet(console: Console, opened: Attempt) -> None:
         console.say(f"Attempt {record.attempt} in {opened.paths.root}: {message}")
     for change in record.announced:
         console.say(f"Changed: {change}")
+    if warning := disk_warning(opened.config):
+        console.say(f"Warning: {warning}")
 
 
 def _start_children(supervisor: Supervisor, config: RunConfig, roles: tuple[str, ...]) -> None:

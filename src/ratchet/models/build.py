@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from ratchet import hub
 from ratchet.chat import FILES as CHAT_FILES
 from ratchet.config import ModelConfig
 from ratchet.errors import Refusal
 from ratchet.rng import derive
+
+disable_progress_bar()  # the programs write to log files
 
 WEIGHTS = "model.safetensors"
 _COPIED = [*CHAT_FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"]

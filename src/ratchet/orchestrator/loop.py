@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ratchet import batchlog, checkpoint, durable, metrics, resume, weights
+from ratchet import batchlog, checkpoint, durable, ledger, metrics, resume, weights
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig
@@ -28,6 +28,7 @@ from ratchet.orchestrator import evals
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.client import Client
 from ratchet.orchestrator.evals import Evaluator
+from ratchet.orchestrator.finished import Finished
 from ratchet.orchestrator.play import Place, Player, Sampling
 from ratchet.orchestrator.scheduler import Batch, Draw, EnvShare, Rules, Scheduler
 from ratchet.orchestrator.served import Served
@@ -46,6 +47,8 @@ class Counts:
     since: float = field(default_factory=time.monotonic)
     retries: int = 0
     reconciled: int = 0
+    replayed: int = 0
+    mismatched: int = 0
 
 
 class Orchestrator:
@@ -70,6 +73,7 @@ class Orchestrator:
             chat, client, self._served, self._config.orchestrator.client, concurrency=concurrency
         )
         self._evaluator = Evaluator(run, self._player, chat, envs)
+        self._finished = Finished(run, envs, self._served, scheduler.unsettled())
         self._owed = evals.owed(run.paths, self._config)
         self._is_evaluating = False
         self._wake = asyncio.Event()
@@ -86,14 +90,22 @@ class Orchestrator:
             return
         await self._client.connect()
         LOGGER.info("at batch %d, by inference at %s", self._scheduler.next_batch, self._client.base_url)
-        async with asyncio.TaskGroup() as tasks:
-            while not self.is_done:
-                self._check_fence()
-                self._start_groups(tasks)
-                if (batch := self._scheduler.take_batch()) is not None:
-                    await self._emit(batch, tasks)
-                elif not await self._adopt_next(tasks):
-                    await self._wait()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(self._finished.run())
+                await self._work(tasks)
+                keeping.cancel()
+        finally:
+            self._finished.write()
+
+    async def _work(self, tasks: asyncio.TaskGroup) -> None:
+        while not self.is_done:
+            self._check_fence()
+            self._start_groups(tasks)
+            if (batch := self._scheduler.take_batch()) is not None:
+                await self._emit(batch, tasks)
+            elif not await self._adopt_next(tasks):
+                await self._wait()
 
     def _check_fence(self) -> None:
         """Raises: Fenced if this process was replaced; it may wait for weights, and so not notice otherwise."""
@@ -115,21 +127,34 @@ class Orchestrator:
             tasks.create_task(self._play_group(draw))
 
     async def _play_group(self, draw: Draw) -> None:
-        """Play the rollouts of one draw and hand the survivors to the scheduler."""
+        """Play those rollouts of one draw that the journal lacks, and hand the survivors to the scheduler."""
         size = self._config.orchestrator.group_size
+        places = [Place("rollout", draw.env, draw.draw, rollout) for rollout in range(size)]
+        results = {place: result for place in places if (result := self._finished.find(place)) is not None}
+        if missing := [place for place in places if place not in results]:
+            results |= await self._play(draw, missing)
+        self._finish(draw, [results[place] for place in places])
+
+    async def _play(self, draw: Draw, places: list[Place]) -> dict[Place, Sample | RolloutFailure]:
         opening = await self._player.open(self._envs[draw.env], draw.row, "train")
         if isinstance(opening, RolloutFailure):
-            self._finish(draw, [opening] * size)
-            return
+            for place in places:
+                self._finished.keep(place, opening)
+            return dict.fromkeys(places, opening)
         sampling = Sampling(
             seed=self._config.seed,
             max_tokens=self._config.orchestrator.sampling.max_tokens,
             temperature=self._config.orchestrator.sampling.temperature,
         )
-        places = [Place("rollout", draw.env, draw.draw, rollout) for rollout in range(size)]
+
+        async def play(place: Place) -> Sample | RolloutFailure:
+            result = await self._player.play(opening, place, sampling)
+            self._finished.keep(place, result)
+            return result
+
         async with asyncio.TaskGroup() as group:
-            plays = [group.create_task(self._player.play(opening, place, sampling)) for place in places]
-        self._finish(draw, [play.result() for play in plays])
+            plays = {place: group.create_task(play(place)) for place in places}
+        return {place: task.result() for place, task in plays.items()}
 
     def _finish(self, draw: Draw, results: list[Sample | RolloutFailure]) -> None:
         samples = [result for result in results if isinstance(result, Sample)]
@@ -139,12 +164,13 @@ class Orchestrator:
 
     async def _emit(self, batch: Batch, tasks: asyncio.TaskGroup) -> None:
         """Publish a batch with the state just after it; new rollouts start while it is written."""
-        state = self._scheduler.state()
+        state, unsettled = self._scheduler.state(), self._scheduler.unsettled()
         samples = credited(batch.groups, divide_by_std=self._config.orchestrator.divide_by_std)
         row = exact_row(batch, samples, self._scheduler.progress) | self._faults(samples)
         oldest = self._served.step
         self._start_groups(tasks)
         await asyncio.to_thread(self._publish, batch.step, samples, state, row, oldest)
+        await self._finished.trim(unsettled)
 
     def _publish(
         self, step: int, samples: list[Sample], state: bytes, row: metrics.Row, oldest_served: int
@@ -161,11 +187,17 @@ class Orchestrator:
             temperature=self._config.orchestrator.sampling.temperature,
         )
         metrics.append(stage, stage.paths.metric("orchestrator"), row)
+        ledger.append(stage, ledger.line(step, samples, state))
 
     def _faults(self, samples: list[Sample]) -> metrics.Row:
         """What a clock or a fault touches; and the counting starts afresh."""
         before = self._counts
-        now = Counts(retries=self._client.retries, reconciled=self._served.reconciled)
+        now = Counts(
+            retries=self._client.retries,
+            reconciled=self._served.reconciled,
+            replayed=self._finished.replayed,
+            mismatched=self._finished.mismatched,
+        )
         self._counts = now
         step_s = now.since - before.since
         return {
@@ -173,6 +205,8 @@ class Orchestrator:
             "perf/tokens_per_s": sum(sum(sample.mask) for sample in samples) / max(step_s, 1e-9),
             "fault/retries": now.retries - before.retries,
             "fault/reconciled": now.reconciled - before.reconciled,
+            "fault/replayed_from_journal": now.replayed - before.replayed,
+            "fault/journal_mismatch": now.mismatched - before.mismatched,
         }
 
     async def _adopt_next(self, tasks: asyncio.TaskGroup) -> bool:

@@ -76,6 +76,16 @@ class Batch(msgspec.Struct, frozen=True):
     dropped: dict[str, int]
 
 
+class Unsettled(msgspec.Struct, frozen=True):
+    """The draws that a state leaves open: running, or not drawn yet. All others are in it, in a batch or dropped."""
+
+    next_draw: int
+    running: frozenset[int]
+
+    def __contains__(self, draw: object) -> bool:
+        return isinstance(draw, int) and (draw >= self.next_draw or draw in self.running)
+
+
 class EnvCount(msgspec.Struct):
     """How often an environment was drawn: ever, and when the shares were last changed."""
 
@@ -248,6 +258,10 @@ class Scheduler:
             rollouts_dropped_since=dict(self._rollouts_dropped),
         )
         return msgspec.json.encode(state, order="deterministic")
+
+    def unsettled(self) -> Unsettled:
+        """What the state of this moment leaves open."""
+        return Unsettled(self._next_draw, frozenset([*self._running, *(d.draw for d in self._again)]))
 
     def restore(self, data: bytes) -> None:
         """Continue where `state` was taken: running draws are started again, with the same seeds."""

@@ -34,6 +34,11 @@ class Served:
         """The step of the adopted policy; -1 before the first adoption."""
         return -1 if self._policy is None else self._policy.step
 
+    @property
+    def name(self) -> str:
+        """The adopted policy by its full name; empty before the first adoption."""
+        return "" if self._policy is None else str(self._policy)
+
     def _directory(self, policy: Policy) -> Path:
         return self._paths.weight(policy.step)
 

@@ -24,9 +24,6 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation), rank=rank)
     log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
-    # cuBLAS repeats its results only with a fixed workspace, chosen before it is loaded.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
     from ratchet.trainer.loop import Trainer
     from ratchet.trainer.world import open_world, set_determinism
 

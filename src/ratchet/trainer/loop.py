@@ -2,9 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from ratchet import checkpoint, metrics
 from ratchet.attempts import Assignment
@@ -13,16 +10,22 @@ from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import Stopped
 from ratchet.log import LOGGER
 from ratchet.models.build import build
+from ratchet.paths import RunPaths
 from ratchet.records import Progress
-from ratchet.rng import derive
-from ratchet.trainer import schedule
-from ratchet.trainer.optim import Optimizer
+from ratchet.trainer import rows, schedule
 from ratchet.trainer.publish import Publisher
 from ratchet.trainer.sft_data import SFTSource
 from ratchet.trainer.source import Batch, LogSource, Source
 from ratchet.trainer.state import Checkpointer, TrainerState
-from ratchet.trainer.update import Updater, choose_loss, shard
+from ratchet.trainer.update import open_updater
 from ratchet.trainer.world import World
+
+
+def open_source(config: SFTConfig | RLConfig, paths: RunPaths, is_stopping: Callable[[], bool]) -> Source:
+    """Demonstrations or the batch log, by the kind of the run."""
+    if isinstance(config, SFTConfig):
+        return SFTSource(config.data, Chat.load(config.model.tokenizer or config.model.name), config.seed)
+    return LogSource(paths, is_stopping)
 
 
 class Trainer:
@@ -34,22 +37,14 @@ class Trainer:
         self._world = world
         self._is_stopping = is_stopping
         model = build(self._config.model, seed=self._config.seed)
-        policy = shard(model, self._config.trainer, world)
-        optimizer = Optimizer(model, self._config.trainer.optim)
-        self._state = TrainerState(model, optimizer, Progress())
-        self._updater = Updater(policy, optimizer, world, self._config.trainer, choose_loss(self._config))
+        self._updater = open_updater(model, self._config, world)
+        self._state = TrainerState(model, self._updater.optimizer, Progress())
         self._checkpointer = Checkpointer(assignment, world, on_commit=self._prune)
         self._oldest_served = 0
         self._publisher = Publisher(assignment, world)
-        self._source = self._open_source()
+        self._source = open_source(self._config, assignment.paths, is_stopping)
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
-
-    def _open_source(self) -> Source:
-        config = self._config
-        if isinstance(config, SFTConfig):
-            return SFTSource(config.data, Chat.load(config.model.tokenizer or config.model.name), config.seed)
-        return LogSource(self._assignment.paths, self._is_stopping)
 
     @property
     def _step(self) -> int:
@@ -66,50 +61,29 @@ class Trainer:
                 self._stop()
             batch = self._source.read(step)
             waited = time.perf_counter()
-            torch.manual_seed(derive(self._config.seed, "trainer", step, self._world.rank))
             figures = self._updater.update(batch, step, self._factor(step))
-            self._advance(batch)
+            rows.advance(self._state.progress, batch)
             trained = time.perf_counter()
             self._record(batch, figures, wait_s=waited - started, train_s=trained - waited)
             self._publish(batch)
             self._checkpointer.poll()
             if self._is_due():
                 self._save()
-        self._checkpointer.wait()
+        self._checkpointer.close()
 
     def _factor(self, step: int) -> float:
         return schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
-
-    def _advance(self, batch: Batch) -> None:
-        progress = self._state.progress
-        progress.step += 1
-        progress.total_samples += len(batch.examples)
-        progress.total_tokens += batch.tokens
-        progress.total_problems += batch.problems
 
     def _record(self, batch: Batch, figures: dict[str, float], *, wait_s: float, train_s: float) -> None:
         """Append the row of the step. It is not flushed: a checkpoint does that."""
         if not self._world.is_first:
             return
-        optim, factor = self._config.trainer.optim, self._factor(self._step - 1)
-        row: dict[str, Any] = {
-            "step": self._step,
-            "loss": figures.pop("loss"),
-            "lr": optim.lr * factor,
-            **({"lr/muon": optim.muon_lr * factor} if optim.type == "muon" else {}),
-            **figures,
-            "tokens": batch.tokens,
-            "tokens/trained": batch.trained_tokens,
-            "samples": len(batch.examples),
-            **batch.metrics,
-            "progress/total_samples": self._state.progress.total_samples,
-            "progress/total_tokens": self._state.progress.total_tokens,
+        row = rows.exact_row(self._config, self._state.progress, batch, figures, self._factor(self._step - 1))
+        row |= {
             "time/wait_s": round(wait_s, 4),
             "time/train_s": round(train_s, 4),
             "perf/tokens_per_s": round(batch.tokens / train_s, 1),
         }
-        if isinstance(self._config, RLConfig):
-            row["progress/total_problems"] = self._state.progress.total_problems
         metrics.append(self._assignment.stage, self._assignment.paths.metric("trainer"), row)
 
     def _publish(self, batch: Batch) -> None:
@@ -144,10 +118,9 @@ class Trainer:
 
     def _stop(self) -> None:
         """Asked to stop before an update: save policy k where checkpoints are on. Raises: Stopped"""
-        self._checkpointer.wait()
         if self._config.ckpt is not None and self._step > 0:
             if isinstance(self._config, SFTConfig):
                 self._publisher.publish(self._state.model, self._step)
             self._save()
-            self._checkpointer.wait()
+            self._checkpointer.close()
         raise Stopped(f"stopped at step {self._step}")

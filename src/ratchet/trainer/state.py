@@ -7,6 +7,7 @@ A synchronous save runs the same story on the main thread. One save is in flight
 means "no checkpoint" and surfaces at the next step.
 """
 
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ratchet import attempts, checkpoint, durable, metrics
 from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
+from ratchet.log import LOGGER
 from ratchet.records import FileEntry, Progress
 from ratchet.trainer import schedule
 from ratchet.trainer.optim import Optimizer
@@ -69,6 +71,7 @@ class Checkpointer:
         self._on_commit = on_commit
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._failures = 0
         self._stager: DefaultStager | None = None
 
     def restore(self, state: TrainerState, step: int) -> None:
@@ -89,16 +92,18 @@ class Checkpointer:
         """Commit the state as checkpoints/step_{progress.step}; one that is committed already is a no-op.
 
         Waits for: the save before this one; with `save_async`, then only for the copy of the state.
-        Raises: SaveFailed
+        Raises: SaveFailed (see `poll`)
         """
-        self.wait()
+        self._join()
         step = state.progress.step
         if self._world.share(checkpoint.is_committed(self._assignment.paths, step)):
             return
         try:
             directory, meta = self._begin(state)
         except OSError as error:
-            raise SaveFailed(f"Checkpoint {step} could not be written: {error}.") from error
+            self._error = error
+            self.poll()
+            return
         if not self._config.ckpt.save_async:
             self._run(step, directory, meta, state.tensors())
             self.poll()
@@ -110,17 +115,34 @@ class Checkpointer:
         self._thread.start()
 
     def poll(self) -> None:
-        """Raises: SaveFailed if the last save went wrong."""
+        """Look how the last save ended, without waiting for it.
+
+        A failed one is said and the run goes on: the next interval tries again.
+        Raises: SaveFailed after `ckpt.max_failed_saves` failures in a row; Fenced
+        """
         error, self._error = self._error, None
+        if error is None:
+            return
         if isinstance(error, RatchetError):
             raise error
-        if error is not None:
-            raise SaveFailed(
-                f"The checkpoint could not be written: {error!r}. Older checkpoints are untouched."
-            ) from error
+        self._failures += 1
+        said = (
+            f"a checkpoint could not be written ({self._failures} in a row): {error!r}. "
+            "Older checkpoints are untouched"
+        )
+        if self._failures >= self._config.ckpt.max_failed_saves:
+            raise SaveFailed(f"{said}; make room, then run the same command again.") from error
+        LOGGER.error("%s; the next interval tries again.", said)
 
-    def wait(self) -> None:
-        """Wait for the save in flight. Raises: SaveFailed"""
+    def close(self) -> None:
+        """Wait for the save in flight. Raises: SaveFailed if the last save failed: nothing comes after it."""
+        self._join()
+        if self._failures:
+            raise SaveFailed(
+                "The last checkpoint could not be written: make room, then run the same command again."
+            )
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -161,8 +183,11 @@ class Checkpointer:
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         try:
             self._write(step, directory, meta, tensors)
+            self._failures = 0
         except BaseException as error:
             self._error = error
+            if self._world.is_first:
+                shutil.rmtree(directory, ignore_errors=True)  # it may be what fills the disk
 
     def _write(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         folder = directory / checkpoint.TRAINER

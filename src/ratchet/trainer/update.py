@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
 from ratchet.models.logprobs import Policy
+from ratchet.rng import derive
 from ratchet.trainer import loss, packing
 from ratchet.trainer.loss import LossSum
 from ratchet.trainer.optim import Optimizer
@@ -47,6 +48,13 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
     return policy
 
 
+def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
+    """Shard a model and give it an optimizer and a loss."""
+    policy = shard(model, config.trainer, world)
+    optimizer = Optimizer(model, config.trainer.optim)
+    return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed)
+
+
 @dataclass
 class Updater:
     """Turns policy k into policy k+1."""
@@ -56,6 +64,7 @@ class Updater:
     world: World
     config: TrainerConfig
     loss: LossFunction
+    seed: int
 
     def update(self, batch: Batch, step: int, factor: float) -> dict[str, float]:
         """Train on one batch at `factor` times the peak learning rate; returns the figures of the step.
@@ -63,6 +72,7 @@ class Updater:
         The loss is the mean over all trained tokens of the step, however they are laid out and sharded.
         Raises: PoisonBatch before the update if loss or gradient are not finite.
         """
+        torch.manual_seed(derive(self.seed, "trainer", step, self.world.rank))
         micro = packing.micro_batches(
             batch.examples, self.config.micro_batch_tokens, self.world.rank, self.world.size
         )

@@ -69,6 +69,8 @@ def open_world(wanted_device: str) -> World:
 
 def set_determinism(threads: int) -> None:
     """Fixed thread counts and deterministic kernels: equal inputs give equal bits."""
+    # cuBLAS repeats its results only with a fixed workspace, which it reads when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,0 +1,97 @@
+"""A sign of life that a frozen process does not give, and that a slow one does.
+
+    daemon thread     touches staging/<token>/heartbeat every second    ──► the launcher looks at the time stamp
+    event loop        ticks every second; without ticks the thread stays silent
+
+A thread runs on through a long step, a long compilation and a long wait, so none of these is taken for frozen; a
+process that is stopped, or that holds the interpreter for good, gives no sign. The programs that live in an event
+loop also prove that the loop turns.
+
+The file lies in the process's own workshop: a process that was replaced finds it gone and ends.
+"""
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+
+from ratchet.durable import Stage
+from ratchet.errors import EXIT_FENCED, Fenced
+from ratchet.log import LOGGER
+
+NAME = "heartbeat"
+PERIOD_S = 1.0
+LATE_TICK_S = 5.0
+
+_current: "Heartbeat | None" = None
+
+
+class Heartbeat:
+    """The heartbeat of one process."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._path = stage.directory / NAME
+        self._token = stage.token
+        self._ticked_at: float | None = None
+
+    @property
+    def is_fenced(self) -> bool:
+        return not self._path.exists()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether an event loop that was followed has stopped turning."""
+        return self._ticked_at is not None and time.monotonic() - self._ticked_at > LATE_TICK_S
+
+    def start(self) -> None:
+        """Raises: Fenced if this process was replaced before it began."""
+        try:
+            self._path.touch()
+        except FileNotFoundError:
+            raise Fenced(f"{self._token} was replaced by a newer process before it began.") from None
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on, no sign of life without a tick of this loop."""
+        self._ticked_at = time.monotonic()
+        loop.call_later(PERIOD_S, self.follow, loop)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(PERIOD_S)
+            if not self.is_late:
+                self._beat()
+
+    def _beat(self) -> None:
+        try:
+            os.utime(self._path)
+        except FileNotFoundError:
+            LOGGER.error("%s was replaced by a newer process; it stops without publishing.", self._token)
+            os._exit(EXIT_FENCED)
+
+
+def start(stage: Stage) -> None:
+    """Begin to give signs of life. Raises: Fenced"""
+    global _current
+    _current = Heartbeat(stage)
+    _current.start()
+
+
+def follow_loop() -> None:
+    """Tie the signs of life to the running event loop; nothing in a program that belongs to no attempt."""
+    if _current is not None:
+        _current.follow(asyncio.get_running_loop())
+
+
+def is_fenced() -> bool:
+    """Whether this process was replaced: whatever error it meets is then a consequence of that."""
+    return _current is not None and _current.is_fenced
+
+
+def last_beat(directory: Path) -> int | None:
+    """The time stamp of the newest sign of life of the process that works in `directory`; None before the first."""
+    try:
+        return (directory / NAME).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,45 @@
+"""What is worth saying before a run starts: will its checkpoints fit on the disk?"""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+from ratchet.config import RunConfig
+
+# fp32 weights, and AdamW's two moments; Muon keeps one.
+_CHECKPOINT_BYTES = 12
+_POLICY_BYTES = 4
+
+
+def count_parameters(directory: Path) -> int | None:
+    """Parameters of a saved model, from the headers of its files; None where there is none to read.
+
+    Source: the safetensors format: 8 bytes of length, then JSON with the shape of every tensor
+    """
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def disk_warning(config: RunConfig, free_bytes: int | None = None) -> str | None:
+    """A sentence if the checkpoints that the settings keep will not fit; None if they will, or nobody knows."""
+    parameters = count_parameters(Path(config.model.name)) if Path(config.model.name).is_dir() else None
+    if parameters is None or config.ckpt is None:
+        return None
+    ckpt = config.ckpt
+    saves = 1 if ckpt.interval is None else -(-config.max_steps // ckpt.interval)
+    kept = saves if ckpt.keep_last is None else min(saves, ckpt.keep_last + 1)
+    needed = parameters * (kept * (_CHECKPOINT_BYTES + _POLICY_BYTES) + 2 * _POLICY_BYTES)
+    free = shutil.disk_usage(config.output_dir).free if free_bytes is None else free_bytes
+    if needed <= free:
+        return None
+    return (
+        f"{kept} checkpoints of {parameters / 1e6:,.0f} M parameters need about {needed / 1e9:,.1f} GB, and "
+        f"{free / 1e9:,.1f} GB are free at {config.output_dir}: lower --ckpt.keep-last, or make room."
+    )
