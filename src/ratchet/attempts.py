@@ -38,6 +38,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The orchestrator's first new batch; batches step..next_batch-1 are replayed from the log."""
     rollback: bool = False
     """Everything past `step` is moved aside."""
+    cuts_log: bool = False
+    """Batches are moved aside, so another future begins: its policies are of another lineage."""
     supersede: tuple[str, ...] = ()
     """Published names, relative to the run, that are moved to superseded/<attempt>/."""
     complete: bool = False
@@ -51,6 +53,25 @@ class Outcome(msgspec.Struct, frozen=True):
 
     code: int
     reason: str
+
+
+class Restart(msgspec.Struct, frozen=True, kw_only=True):
+    """A program of an open attempt that the launcher started again, alone."""
+
+    role: str
+    incarnation: int
+    reason: str
+    """What became of the incarnation before it."""
+    plan: Plan | None = None
+    """Where a trainer starts; the other programs find their place in the log."""
+
+
+class ForkedFrom(msgspec.Struct, frozen=True):
+    """Where a run that `ckpt fork` made comes from."""
+
+    run: str
+    run_id: str
+    step: int
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +88,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome | None = None
     announced: tuple[str, ...] = ()
     environment: dict[str, str] = {}
+    forked_from: ForkedFrom | msgspec.UnsetType = msgspec.UNSET
+    """Only in the first attempt of a fork."""
+    fingerprints: dict[str, str] = {}
+    """Of what the configuration names: model and data."""
+    config_xxh3: str
+    """Of the attempt's run.toml."""
+    restarts: tuple[Restart, ...] = ()
     hash: str = ""
+
+    def plan_of(self, role: str) -> Plan:
+        """Where the newest incarnation of a role starts."""
+        plans = [r.plan for r in self.restarts if r.role == role and r.plan is not None]
+        return plans[-1] if plans else self.plan
 
 
 def environment() -> dict[str, str]:
@@ -93,6 +126,10 @@ def write(stage: Stage, record: Record) -> Record:
     return record
 
 
+def _remedy(path: Path) -> str:
+    return f" Move {path.parent} aside to continue from the attempt before it."
+
+
 def read(paths: RunPaths, attempt: int) -> Record:
     """Raises: Damaged."""
     path = paths.attempt(attempt) / RECORD
@@ -100,10 +137,11 @@ def read(paths: RunPaths, attempt: int) -> Record:
         data = path.read_bytes()
         record = msgspec.json.decode(data, type=Record)
     except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
-        raise Damaged(f"{path} cannot be read ({error}).") from None
+        raise Damaged(f"{path} cannot be read ({error}).{_remedy(path)}") from None
     if _hash(record) != record.hash or _encode(record) != data:
         raise Damaged(
             f"{path} is damaged: it states hash {record.hash}, its content hashes to {_hash(record)}."
+            f"{_remedy(path)}"
         )
     return record
 
@@ -123,8 +161,12 @@ def newest(paths: RunPaths) -> Record | None:
 
 
 def read_config(paths: RunPaths, record: Record) -> Any:
-    """The resolved configuration of an attempt, as the class of its kind."""
-    return configs.from_toml(KINDS[record.kind], paths.attempt(record.attempt) / "run.toml")
+    """The resolved configuration of an attempt, as the class of its kind. Raises: Damaged, Refusal."""
+    path = paths.attempt(record.attempt) / "run.toml"
+    found = hash_bytes(path.read_bytes()) if path.exists() else "nothing"
+    if found != record.config_xxh3:
+        raise Damaged(f"{path} is damaged: expected xxh3 {record.config_xxh3}, found {found}.{_remedy(path)}")
+    return configs.from_toml(KINDS[record.kind], path)
 
 
 class Lock:
@@ -175,19 +217,22 @@ def token(attempt: int, role: str, incarnation: int) -> str:
     return f"{attempt:03d}.{role}.{incarnation}"
 
 
-def join(root: Path, attempt: int, role: str, incarnation: int, *, rank: int = 0) -> Assignment:
-    """Enter an open attempt as one of its programs. Rank 0 opens the role's workshop."""
+def join(root: Path, attempt: int, role: str, incarnation: int) -> Assignment:
+    """Enter an open attempt as one of its programs, in the workshop that its launcher opened.
+
+    It is not opened here: a process that is slow to start could so undo its own replacement.
+    """
     paths = RunPaths(root)
     record = read(paths, attempt)
     name = token(attempt, role, incarnation)
     return Assignment(
         paths=paths,
         config=read_config(paths, record),
-        plan=record.plan,
+        plan=record.plan_of(role),
         attempt=attempt,
         run_id=record.run_id,
         lineage=record.lineage,
-        stage=Stage.open(paths, name) if rank == 0 else Stage(paths, name),
+        stage=Stage(paths, name),
     )
 
 

@@ -77,6 +77,18 @@ def kept(steps: list[int], ckpt: CkptConfig) -> list[int]:
     return [s for s in steps if s in newest or (ckpt.keep_interval and s % ckpt.keep_interval == 0)]
 
 
+def reasons(step: int, steps: list[int], ckpt: CkptConfig | None) -> list[str]:
+    """Why retention keeps a committed step, in the words of `ckpt ls`; empty for one that the next save lets go."""
+    if ckpt is None or (ckpt.keep_last is None and ckpt.keep_interval is None):
+        return ["newest"] if step == steps[-1] else ["no rule"]
+    found = ["newest"] if step == steps[-1] else []
+    if step in steps[-(ckpt.keep_last or 1) :] and ckpt.keep_last:
+        found.append("keep-last")
+    if ckpt.keep_interval and step % ckpt.keep_interval == 0:
+        found.append("keep-interval")
+    return found
+
+
 def retain(stage: Stage, ckpt: CkptConfig) -> list[int]:
     """Delete what the rules do not keep, after the newest one was read back.
 
@@ -92,18 +104,29 @@ def retain(stage: Stage, ckpt: CkptConfig) -> list[int]:
 
 
 def prune(
-    stage: Stage, ckpt: CkptConfig | None, *, published: int, oldest_served: int, async_level: int
+    stage: Stage,
+    ckpt: CkptConfig | None,
+    *,
+    published: int,
+    oldest_served: int,
+    async_level: int,
+    saving: int | None = None,
 ) -> None:
-    """Delete what neither a resume nor a server can need: after policy `published`, and after a retention."""
+    """Delete what neither a resume nor a server can need: after policy `published`, and after a retention.
+
+    `saving` is the step of a save in flight: what its checkpoint will pin is kept already.
+    """
     _prune_batches(stage, ckpt, published)
-    _prune_weights(stage, oldest_served, published, async_level)
+    checkpoints = {*durable.committed(stage.paths.checkpoints), *([] if saving is None else [saving])}
+    _prune_weights(stage, oldest_served, published, async_level, checkpoints)
 
 
 def _prune_batches(stage: Stage, ckpt: CkptConfig | None, published: int) -> None:
     """Without checkpoints a consumed batch is done, except the last: a restarted orchestrator needs its state.
 
     With `keep_last` batches stay from the oldest of the newest K checkpoints on; without it all stay, so that
-    step 0 remains an implicit checkpoint.
+    step 0 remains an implicit checkpoint. The newest one of the log always stays: a restarted orchestrator begins
+    with its state, and with its row if that was not appended.
     """
     if ckpt is None:
         oldest = published - 1
@@ -114,18 +137,21 @@ def _prune_batches(stage: Stage, ckpt: CkptConfig | None, published: int) -> Non
         if not steps:
             return
         oldest = steps[-ckpt.keep_last :][0]
-    for step in _steps_below(stage.paths.batches, oldest):
+    newest = max(durable.steps(stage.paths.batches), default=0)
+    for step in _steps_below(stage.paths.batches, min(oldest, newest)):
         stage.remove(stage.paths.batch(step))
 
 
-def _prune_weights(stage: Stage, oldest_served: int, newest: int, async_level: int) -> None:
+def _prune_weights(
+    stage: Stage, oldest_served: int, newest: int, async_level: int, checkpoints: set[int]
+) -> None:
     """Delete published policies below the oldest that a server may still hold.
 
     Kept are the newest, those of every checkpoint, and for each checkpoint v the policies
     v - async_level .. v, which sample the first batches after a resume there.
     """
     pinned = {newest}
-    for step in durable.committed(stage.paths.checkpoints):
+    for step in checkpoints:
         pinned |= set(range(step - async_level, step + 1))
     for step in _steps_below(stage.paths.weights, oldest_served):
         if step not in pinned:

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet import batchlog, checkpoint, durable, metrics
+from ratchet import batchlog, checkpoint, durable, ledger, metrics
 from ratchet.paths import RunPaths, parse_step, step_name
 from ratchet.records import FileEntry, Manifest
 
@@ -40,6 +40,8 @@ def parts(root: Path) -> dict[str, str]:
         rows = [metrics.exact(row) for row in metrics.read(paths.metric(role))]
         if rows:
             found[f"metrics/{role}"] = _hash(rows)
+    if end := ledger.chain_end(paths.ledger):
+        found["ledger"] = end
     return found
 
 
@@ -59,5 +61,5 @@ def result(found: dict[str, str]) -> dict[str, str]:
 
 
 def run_digest(root: Path) -> str:
-    """Equal for two runs whose batches, evaluations, metric rows, final weights and final checkpoint are equal."""
+    """Equal for two runs whose batches, evaluations, rows, ledger, final weights and final checkpoint are equal."""
     return _hash(result(parts(root)))

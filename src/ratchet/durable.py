@@ -18,13 +18,14 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import xxhash
 
-from ratchet.errors import Damaged, Fenced, RatchetError
+from ratchet.errors import Damaged, Fenced, RatchetError, Refusal
 from ratchet.paths import RunPaths, parse_step
 from ratchet.records import FileEntry, Manifest
 
@@ -280,12 +281,20 @@ class Stage:
             return
         crash_point("remove.after_rename")
         fsync_path(path.parent)
-        shutil.rmtree(grave)
+        if grave.is_dir():
+            shutil.rmtree(grave)
+        else:
+            grave.unlink()
 
     def append(self, path: Path, data: bytes) -> None:
-        """Append to a log of lines, such as metrics. Opened by path, so that a fenced process stops."""
+        """Append to a log of lines, such as metrics.
+
+        Checked again after the opening: a process that is replaced after that writes into a file that its successor
+        has already put another in place of (see `metrics.rewind`).
+        """
         self.check()
         with path.open("ab") as file:
+            self.check()
             file.write(data)
 
     def create(self, path: Path, data: bytes) -> None:
@@ -301,9 +310,13 @@ class Stage:
 
     def extend(self, path: Path, data: bytes) -> None:
         """Append to a log that `create` began; one that was moved or deleted is not begun again."""
-        self.check()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except FileNotFoundError:
+            self.check()
+            raise
+        try:
+            self.check()
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
@@ -323,3 +336,41 @@ def revoke(paths: RunPaths, by: Stage, prefix: str = "") -> None:
     for name in sorted(os.listdir(paths.staging)):
         if name != by.token and name.startswith(prefix):
             by.remove(paths.staging / name)
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory outside any run, filled in the body, that appears under its name only when it is complete.
+
+    Raises: Refusal if the name is taken.
+    Crash: what was written so far lies beside the target under `.<name>.<pid>`.
+    """
+    if target.exists():
+        raise Refusal(f"{target} exists already: choose a name that is free.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.parent / f".{target.name}.{os.getpid()}"
+    staged.mkdir()
+    try:
+        yield staged
+        for path in staged.rglob("*"):
+            fsync_path(path)
+        fsync_path(staged)
+        os.rename(staged, target)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    fsync_path(target.parent)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a published directory without its bytes, where the file system has hard links: it is immutable."""
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)

@@ -69,6 +69,8 @@ class Heartbeat:
         except FileNotFoundError:
             LOGGER.error("%s was replaced by a newer process; it stops without publishing.", self._token)
             os._exit(EXIT_FENCED)
+        except OSError as error:  # a filesystem that hiccups: the launcher counts the silence
+            LOGGER.warning("no sign of life could be given: %s", error)
 
 
 def start(stage: Stage) -> None:

@@ -6,8 +6,9 @@ from ratchet.errors import Refusal
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path: it exists, or no hub name looks like it."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    """Whether a name can only be a path: it exists, or no hub name (`owner/name`) looks like it."""
+    is_file = name.endswith((".json", ".jsonl", ".parquet", ".toml"))
+    return Path(name).exists() or is_file or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def snapshot(name: str, patterns: list[str]) -> Path:

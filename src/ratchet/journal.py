@@ -77,7 +77,12 @@ def digest(value: Any) -> str:
 def frame(payload: bytes) -> bytes:
     length = struct.pack("<I", len(payload))
     return b"".join(
-        (length, struct.pack("<I", zlib.crc32(length)), payload, _HASH.pack(xxhash.xxh3_64_intdigest(payload)))
+        (
+            length,
+            struct.pack("<I", zlib.crc32(length)),
+            payload,
+            _HASH.pack(xxhash.xxh3_64_intdigest(payload)),
+        )
     )
 
 
@@ -166,6 +171,8 @@ def _read_all(paths: RunPaths) -> Iterator[tuple[Path, list[Entry] | Damaged]]:
     for path in found:
         try:
             yield path, read(path, is_newest=newest[_process_of(path)] == path)
+        except FileNotFoundError:
+            continue  # trimmed meanwhile, by a process that is alive
         except Damaged as error:
             yield path, error
 

@@ -176,7 +176,10 @@ def checked(path: Path) -> Iterator[tuple[Line | None, str]]:
             continue
         is_sound = encode(entry) == data and chained(entry, before).hash == entry.hash
         before = entry.hash
-        yield entry, "" if is_sound else f"line {number} (batch {entry.step}) does not follow the line before it"
+        yield (
+            entry,
+            "" if is_sound else f"line {number} (batch {entry.step}) does not follow the line before it",
+        )
 
 
 def restore(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None:
@@ -184,7 +187,7 @@ def restore(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None
 
     A rollback keeps what it cuts. Lines before the end are left as they are, also damaged ones: `ckpt audit` names
     them.
-    Crash: what is cut is kept first; the cut is one truncation; each line is appended whole, or cut as torn later.
+    Crash: what is cut is kept first; the cut is one replacement; each line is appended whole, or cut as torn later.
     """
     path = stage.paths.ledger
     lines = raw_lines(path)
@@ -194,12 +197,14 @@ def restore(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None
     if cut and aside is not None:
         (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
         stage.replace(aside / path.parent.name / path.name, b"".join(cut))
-    size_bytes = sum(len(data) for data in lines[:keep])
-    if path.exists() and size_bytes < path.stat().st_size:
-        stage.truncate(path, size_bytes)
+    if path.exists():  # always replaced: an older process that holds it open cannot add to the new one
+        stage.replace(path, b"".join(lines[:keep]))
     for step in range(steps[keep - 1] + 1 if keep else 0, next_batch):
-        if durable.read_committed(stage.paths.batch(step)) is not None:
-            append(stage, line_of(stage.paths, step))
+        try:
+            entry = line_of(stage.paths, step)
+        except Damaged:
+            continue  # an older batch that no start relies on: the audit names the gap
+        append(stage, entry)
 
 
 def _steps(lines: list[bytes]) -> Iterator[int]:
@@ -214,6 +219,12 @@ def _steps(lines: list[bytes]) -> Iterator[int]:
         yield step
 
 
-def digest(path: Path) -> str:
-    """The end of the chain: equal for two ledgers that are equal from their first line on."""
+def lines_below(path: Path, next_batch: int) -> bytes:
+    """The lines of the batches below `next_batch`, byte for byte: the chain stays what it is."""
+    lines = raw_lines(path)
+    return b"".join(data for data, step in zip(lines, _steps(lines), strict=True) if step < next_batch)
+
+
+def chain_end(path: Path) -> str:
+    """The end of the chain: equal for two ledgers that are equal from their first line on; empty without one."""
     return _last_hash(path)

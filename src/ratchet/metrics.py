@@ -40,6 +40,7 @@ def _whole_lines(data: bytes) -> list[bytes]:
 def rewind(stage: Stage, path: Path, step: int) -> list[Row]:
     """Cut the rows past `step`, so that a curve is continued without a gap or a double point.
 
+    The file is always replaced: an older process that still holds the old one open cannot add to this one.
     Returns the rows that were cut.
     """
     if not path.exists():
@@ -48,9 +49,14 @@ def rewind(stage: Stage, path: Path, step: int) -> list[Row]:
     lines = _whole_lines(data)
     rows = [msgspec.json.decode(line) for line in lines]
     keep = sum(len(line) for line, row in zip(lines, rows, strict=True) if row["step"] <= step)
-    if keep < len(data):
-        stage.truncate(path, keep)
+    stage.replace(path, data[:keep])
     return [row for row in rows if row["step"] > step]
+
+
+def lines_until(path: Path, step: int) -> bytes:
+    """The rows up to `step`, byte for byte."""
+    lines = _whole_lines(path.read_bytes()) if path.exists() else []
+    return b"".join(line for line in lines if msgspec.json.decode(line)["step"] <= step)
 
 
 def mark(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from ratchet.errors import EXIT_CRASH, EXIT_SAVE_FAILED, RatchetError
+from ratchet import heartbeat
+from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_SAVE_FAILED, RatchetError
 from ratchet.log import LOGGER
 
 _PR_SET_PDEATHSIG = 1
@@ -35,15 +36,14 @@ def run(main: Callable[[], int]) -> NoReturn:
         LOGGER.error("%s", error)
         code = EXIT_FENCED if heartbeat.is_fenced() else error.exit_code
     except Exception as error:
-        if not heartbeat.is_fenced():
+        if heartbeat.is_fenced():
+            LOGGER.error("replaced by a newer process; that ended in %r", error)
+            code = EXIT_FENCED
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            LOGGER.error("The disk is full (%s): make room, then run the same command again.", error)
+            code = EXIT_SAVE_FAILED
+        else:
             raise
-        LOGGER.error("replaced by a newer process: %r", error)
-        code = EXIT_FENCED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        LOGGER.error("The disk is full (%s): make room, then run the same command again.", error)
-        code = EXIT_SAVE_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import batchlog, durable, ledger, metrics
+from ratchet import batchlog, durable, journal, ledger, metrics
 from ratchet.attempts import Plan
 from ratchet.durable import Stage
 from ratchet.errors import Damaged, Refusal
@@ -29,6 +29,9 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     evals: tuple[int, ...] = ()
     damaged_checkpoints: dict[int, str] = {}
     damaged_batches: dict[int, str] = {}
+    journal: tuple[str, ...] = ()
+    """The journal's segments, by file name."""
+    damaged_journal: dict[str, str] = {}
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +61,7 @@ def survey(paths: RunPaths) -> Listing:
         evals=tuple(durable.steps(paths.evals)),
         damaged_checkpoints=damaged_checkpoints,
         damaged_batches=damaged_batches,
+        journal=tuple(path.name for path in journal.segments(paths)),
     )
 
 
@@ -131,10 +135,13 @@ def _plan_from_start(listing: Listing, request: Request) -> Plan:
         return _continue(listing, request, 0, "Nothing was saved yet: starting at step 0")
     if 0 in listing.batches or not (listing.batches or any(step > 0 for step in listing.weights)):
         return _continue(listing, request, 0, "No checkpoint yet: continuing from the initial weights")
-    message = (
-        "No checkpoint was made and the first batches are gone, so nothing can be continued: "
-        "starting again at step 0; what was there is moved to superseded/."
-    )
+    gone = "There is no sound checkpoint and the first batches are gone, so nothing can be continued"
+    if not request.is_same and request.resume_step != 0:
+        raise Refusal(
+            f"{gone}: start over with --ckpt.resume-step 0, or begin a new run from the last policy "
+            "(model.name = its weights/step_N, another --output-dir)."
+        )
+    message = f"{gone}: starting again at step 0; what was there is moved to superseded/."
     return Plan(rollback=True, supersede=_past(listing, 0), messages=(message,))
 
 
@@ -188,13 +195,34 @@ def _continue(listing: Listing, request: Request, step: int, message: str) -> Pl
         why = listing.damaged_batches.get(end, f"Batch {end} is missing from the log.")
         messages.append(f"{why} The batches from {end} on are moved aside and generated again.")
     aside += [f"batches/{step_name(s)}" for s in beyond]
+    if beyond:
+        # What was made from those batches belongs to another future: its policies and evaluations do not count.
+        aside += [f"weights/{step_name(s)}" for s in listing.weights if s > end]
+        aside += [f"evals/{step_name(s)}" for s in listing.evals if s > end]
+    # Where the log is cut, rollouts may be by policies that are made anew.
+    aside += [f"journal/{n}" for n in (listing.journal if beyond else sorted(listing.damaged_journal))]
+    messages += _about_journal(listing, request, is_cut=bool(beyond))
     return Plan(
         step=step,
         from_checkpoint=step > 0,
         next_batch=end if request.kind == "rl" else step,
+        cuts_log=bool(beyond),
         supersede=tuple(aside),
         messages=tuple(messages),
     )
+
+
+def _about_journal(listing: Listing, request: Request, *, is_cut: bool) -> list[str]:
+    """What is said about damaged segments. Raises: Refusal, unless they are moved aside."""
+    if is_cut:
+        return []
+    sentences = [listing.damaged_journal[name] for name in sorted(listing.damaged_journal)]
+    if sentences and request.on_corrupt == "stop":
+        raise Refusal(
+            f"{sentences[0]} Move the file away, or have it moved aside with --ckpt.on-corrupt fallback; "
+            "the rollouts in it are then sampled again."
+        )
+    return [f"{sentence} It is moved aside: its rollouts are sampled again." for sentence in sentences]
 
 
 def _past(listing: Listing, step: int) -> tuple[str, ...]:
@@ -205,7 +233,11 @@ def _past(listing: Listing, step: int) -> tuple[str, ...]:
         *(("weights", s) for s in listing.weights if s > step),
         *(("evals", s) for s in listing.evals if s > step),
     ]
-    return tuple(f"{root}/{step_name(s)}" for root, s in sorted(found, key=lambda item: (-item[1], item[0])))
+    steps = sorted(found, key=lambda item: (-item[1], item[0]))
+    return (
+        *(f"journal/{name}" for name in listing.journal),
+        *(f"{root}/{step_name(s)}" for root, s in steps),
+    )
 
 
 def _names(steps: Iterable[int]) -> str:
@@ -214,6 +246,14 @@ def _names(steps: Iterable[int]) -> str:
 
 def verify(paths: RunPaths, chosen: Plan, listing: Listing) -> Listing:
     """Read every byte that a plan relies on; what fails becomes damage in the listing that is returned."""
+    listing = _verify_replay(paths, chosen, listing)
+    return msgspec.structs.replace(
+        listing, damaged_journal=journal.damaged(paths) if not chosen.rollback else {}
+    )
+
+
+def _verify_replay(paths: RunPaths, chosen: Plan, listing: Listing) -> Listing:
+    """What the trainer will read: its checkpoint, and the batches behind it."""
     bad_checkpoints, bad_batches = dict(listing.damaged_checkpoints), dict(listing.damaged_batches)
     if chosen.from_checkpoint:
         _verify_one(paths.checkpoint(chosen.step), chosen.step, bad_checkpoints)
@@ -243,6 +283,37 @@ def decide(paths: RunPaths, request: Request) -> Plan:
         if chosen.complete:
             return chosen
         checked = verify(paths, chosen, listing)
+        if checked == listing:
+            return chosen
+        listing = checked
+
+
+def plan_trainer(listing: Listing, kind: str) -> Plan:
+    """Where the trainer of an open attempt continues while the other programs go on: nothing is moved aside. Pure.
+
+    Raises: Refusal if only a new attempt, which may move things aside, can continue.
+    """
+    step = max(listing.checkpoints, default=0)
+    newer = [s for s in listing.damaged_checkpoints if s > step]
+    if newer:
+        raise Refusal(listing.damaged_checkpoints[max(newer)])
+    if kind == "sft":
+        return Plan(step=step, from_checkpoint=step > 0, next_batch=step)
+    end = max(step, 1 + max((*listing.batches, *listing.damaged_batches), default=-1))
+    if step == 0 and 0 not in listing.batches and (end > 0 or any(s > 0 for s in listing.weights)):
+        raise Refusal("No checkpoint was made and the first batches are gone.")
+    for batch in range(step, end):
+        if batch not in listing.batches:
+            raise Refusal(listing.damaged_batches.get(batch, f"Batch {batch} is missing from the log."))
+    return Plan(step=step, from_checkpoint=step > 0, next_batch=end)
+
+
+def decide_trainer(paths: RunPaths, kind: str) -> Plan:
+    """Plan for a trainer alone, and verify every byte that it will read. Raises: Refusal."""
+    listing = survey(paths)
+    while True:
+        chosen = plan_trainer(listing, kind)
+        checked = _verify_replay(paths, chosen, listing)
         if checked == listing:
             return chosen
         listing = checked

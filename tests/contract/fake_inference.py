@@ -6,6 +6,7 @@ It can tear requests, be restarted with other weights, answer late, and refuse a
 import asyncio
 import hashlib
 import random
+from collections import Counter
 from pathlib import Path
 
 from aiohttp import web
@@ -26,6 +27,10 @@ class FakeInference:
         self.restart_at: set[int] = set()
         self.refuses = ""
         self.path = ""
+        self.seeds: Counter[int] = Counter()
+        """How often an answer was sampled from each seed."""
+        self.hold_after: int | None = None
+        """So many answers are given; what is asked then is never answered."""
         self.served_by_prompt: dict[tuple[int, ...], set[str]] = {}
         self.script: dict[str, list[int]] = {}
         """Statuses with which the next calls of a path are answered instead; 0 restarts the server."""
@@ -121,7 +126,10 @@ class FakeInference:
         if self.delay_s:
             await asyncio.sleep(self.delay_s * (count % 3))
         await self._resumed.wait()
+        if self.hold_after is not None and self.generated >= self.hold_after:
+            await asyncio.Event().wait()
         self.generated += 1
+        self.seeds[body["sampling_params"]["seed"]] += 1
         token_ids, logprobs = self.answer(body["token_ids"], body["sampling_params"])
         self.served_by_prompt.setdefault(tuple(body["token_ids"]), set()).add(self.version)
         aborted = self.abort_every and count % self.abort_every == 0

@@ -23,7 +23,7 @@ from inference_server import (
     values,
 )
 
-from ratchet import attempts, config, rng
+from ratchet import attempts, config, durable, rng
 from ratchet.attempts import Plan, Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
@@ -459,10 +459,21 @@ def open_attempt(root, model):
             "inference": settings,
         }
     )
-    (paths.attempt(1) / "run.toml").write_bytes(config.to_toml(rl))
+    resolved = config.to_toml(rl)
+    (paths.attempt(1) / "run.toml").write_bytes(resolved)
     stage = Stage.open(paths, "001.launcher.0")
-    record = Record(attempt=1, kind="rl", run_id="r", lineage=0, argv=[], resume_step=None, plan=Plan())
+    record = Record(
+        attempt=1,
+        kind="rl",
+        run_id="r",
+        lineage=0,
+        argv=[],
+        resume_step=None,
+        plan=Plan(),
+        config_xxh3=durable.hash_bytes(resolved),
+    )
     attempts.write(stage, record)
+    Stage.open(paths, attempts.token(1, "inference", 1))
 
 
 def test_a_runs_own_server_is_killed_and_a_standing_one_takes_its_port(folder, model, policies):

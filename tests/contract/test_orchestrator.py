@@ -1,6 +1,7 @@
 """The orchestrator as a real process, between a server that speaks the protocol and a trainer of one hash."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 from fake_inference import END, FakeInference
 
-from ratchet import attempts, batchlog, digest, durable, metrics, weights
+from ratchet import attempts, batchlog, digest, durable, journal, metrics, weights
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
 from ratchet.launch.opening import open_attempt
@@ -100,7 +101,7 @@ class Run:
 
     def __init__(self, config, url):
         self.config, self.url = config, url
-        opened = open_attempt("rl", config, lambda: None)
+        opened = open_attempt("rl", config, dict)
         assert isinstance(opened.record, attempts.Record)
         self.opened, self.paths, self.record = opened, opened.paths, opened.record
         self.incarnation = 0
@@ -114,6 +115,7 @@ class Run:
             token = attempts.token(self.record.attempt, "orchestrator", self.incarnation)
             durable.revoke(self.paths, by=self.opened.stage, prefix=token)
         self.incarnation += 1
+        Stage.open(self.paths, attempts.token(self.record.attempt, "orchestrator", self.incarnation))
         self.trainer = self.trainer or asyncio.create_task(self.train())
         environment = {k: v for k, v in os.environ.items() if k != "RATCHET_PARENT"}
         command = ["-m", "ratchet.orchestrator", str(self.paths.root), str(self.record.attempt)]
@@ -308,6 +310,110 @@ async def test_asynchronous_batches_hold_every_draw_once_across_stops(here, serv
         assert durable.read_committed(run.paths.eval(step)) is not None
     state = msgspec.json.decode(batchlog.read_state(run.paths.batch(STEPS - 1)))
     assert (state["next_draw"], state["running"], state["ready"]) == (12, [], [])
+
+
+def journaled(run):
+    """What the journal holds of a run: all of it, whoever wrote it."""
+    found = []
+    for path in journal.segments(run.paths):
+        with contextlib.suppress(FileNotFoundError):  # trimmed meanwhile
+            found += journal.read(path, is_newest=True)
+    return found
+
+
+def kept(run):
+    """How many rollouts are on the disk: in the journal, in a batch, or held by the state of the newest."""
+    found = {(e.draw, e.rollout) for e in journaled(run)}
+    steps = durable.committed(run.paths.batches)
+    for step in steps:
+        found |= {(s.draw, s.rollout) for s in run.samples(step)}
+    if steps:
+        state = msgspec.json.decode(batchlog.read_state(run.paths.batch(max(steps))))
+        found |= {(s["draw"], s["rollout"]) for group in state["ready"] for s in group["samples"]}
+    return len(found)
+
+
+async def killed_with(config, server, answers, finished):
+    """A run whose orchestrator is killed after so many answers, when so many rollouts are kept."""
+    server.hold_after = answers
+    run = Run(config, server.url)
+    await run.start()
+    async with asyncio.timeout(20):
+        while server.generated < answers or kept(run) < finished:
+            assert run.process.returncode is None, await run.wait()
+            await asyncio.sleep(0.01)
+    run.process.kill()
+    await run.wait()
+    server.hold_after = None
+    server.restart()
+    return run
+
+
+@pytest.mark.parametrize("is_next_attempt", [False, True])
+@pytest.mark.parametrize("finished", [9, 31])
+async def test_a_finished_rollout_is_not_generated_twice_and_deterministic_batches_are_the_same(
+    here, server, finished, is_next_attempt
+):
+    config = settings(here / "run", deterministic=True, orchestrator={"eval": None})
+    run = await killed_with(config, server, finished, finished)
+    held = [entry.sample for entry in journaled(run)]
+    assert len(held) == finished % 12
+    if is_next_attempt:
+        await run.close()
+        run = Run(config, server.url)
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    assert len(server.seeds) == STEPS * 12
+    assert set(server.seeds.values()) == {1}
+    assert sum(row["fault/replayed_from_journal"] for row in run.rows("orchestrator")) == finished % 12
+    assert sum(row["fault/journal_mismatch"] for row in run.rows("orchestrator")) == 0
+    trained = [msgspec.structs.replace(s, advantage=0.0) for s in run.samples(finished // 12)]
+    assert all(sample in trained for sample in held)
+    assert journaled(run) == [], "segments go with the batches that their draws are in"
+    whole = await complete(settings(here / "whole", deterministic=True, orchestrator={"eval": None}), server)
+    assert parts(run) == parts(whole)
+
+
+async def test_asynchronous_rollouts_that_were_finished_are_not_generated_twice(here, server):
+    config = settings(here / "run", max_async_level=2, max_off_policy_steps=3, orchestrator={"eval": None})
+    run = await killed_with(config, server, 20, 20)
+    held = {(e.draw, e.rollout): e.sample for e in journaled(run)}
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    assert set(server.seeds.values()) == {1}
+    trained = [msgspec.structs.replace(s, advantage=0.0) for k in range(STEPS) for s in run.samples(k)]
+    assert len(trained) == len(server.seeds) == STEPS * 12
+    assert all(held.get((s.draw, s.rollout), s) == s for s in trained)
+
+
+async def test_a_failure_is_not_played_again_either(here, server):
+    env = [{"id": "my_env:Talk", "args": {"failing": "some"}}]
+    config = settings(here / "run", deterministic=True, orchestrator={"env": env, "eval": None})
+    run = await killed_with(config, server, 16, 1)
+    await run.start()
+    await run.finish()
+    await run.close(0)
+    # What was cut between its turns is played from the first one on; nothing else is played twice.
+    played = {(e.draw, e.rollout) for e in journaled(run)}
+    assert played == set()
+    replayed = sum(row["fault/replayed_from_journal"] for row in run.rows("orchestrator"))
+    assert replayed > 0
+    whole = settings(here / "whole", deterministic=True, orchestrator={"env": env, "eval": None})
+    assert parts(run) == parts(await complete(whole, server))
+
+
+async def test_rollouts_of_another_configuration_are_dropped_and_played_again(here, server):
+    run = await killed_with(settings(here / "run", orchestrator={"eval": None}), server, 9, 9)
+    await run.close()
+    changed = {"eval": None, "sampling": {"max_tokens": 6}}
+    config = settings(here / "run", ckpt={"resume_step": -1}, orchestrator=changed)
+    run = await complete(config, server)
+    assert sum(row["fault/journal_mismatch"] for row in run.rows("orchestrator")) == 9
+    assert sum(row["fault/replayed_from_journal"] for row in run.rows("orchestrator")) == 0
+    assert sorted(server.seeds.values()) == [1] * 39 + [2] * 9
+    assert all(sum(s.mask) <= 6 for step in range(STEPS) for s in run.samples(step))
 
 
 async def test_further_turns_continue_the_tokens_of_the_turns_before(here, server):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ratchet import digest, durable, metrics
+from ratchet import digest, durable, journal, metrics
+from ratchet.audit import audit
 from ratchet.paths import RunPaths
 
 TOY = Path(__file__).with_name("toy.py")
@@ -26,7 +27,12 @@ POINTS = {
     "remove.after_rename": (1, 2, 5),
     "replace.record.json.before_rename": (1, 2, 3),
     "replace.run.toml.before_rename": (1, 2),
+    "create.before_rename": (1, 3),
+    "journal.before_append": (1, 2, 5),
+    "journal.after_append": (1, 2, 5),
+    "journal.before_trim": (1, 2),
     "toy.before_row": (1, 4),
+    "toy.before_line": (1, 4),
 }
 # Reached only by a rollback, tested below.
 ROLLBACK_POINTS = {
@@ -34,6 +40,7 @@ ROLLBACK_POINTS = {
     "replace.record.json.before_rename": (1, 2),
     "replace.trainer.jsonl.before_rename": (1,),
     "replace.orchestrator.jsonl.before_rename": (1,),
+    "replace.ledger.jsonl.before_rename": (1, 2),
     "batch.committed": (1,),
     "checkpoint.before_rename": (1,),
 }
@@ -55,6 +62,7 @@ def run(root, *flags, steps=STEPS, crash_at=""):
 def finish(root, *flags, steps=STEPS):
     done = run(root, *flags, steps=steps)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert audit(RunPaths(root)).findings == []
     return done.stdout
 
 
@@ -76,6 +84,52 @@ def test_killed_at_a_durable_point_the_run_ends_the_same(tmp_path, reference, po
     if newest:
         assert f"step {newest}" in said, "it did not continue at the newest commit"
     assert digest.parts(root) == reference
+
+
+def generated(root):
+    return [int(line) for line in root.with_name(f"{root.name}.generated").read_text().split()]
+
+
+JOURNAL_POINTS = (
+    "journal.before_append",
+    "journal.after_append",
+    "journal.before_trim",
+    "create.before_rename",
+)
+
+
+@pytest.mark.parametrize("point", JOURNAL_POINTS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_finished_rollout_is_never_generated_again(tmp_path, reference, point, count):
+    root = tmp_path / "run"
+    lost = []
+    for times in (count, 1):
+        assert run(root, *FLAGS, crash_at=f"{point}:{times}").returncode == -signal.SIGKILL
+        if point in ("journal.before_append", "create.before_rename"):
+            lost.append(generated(root)[-1])  # finished a moment before, and nowhere yet
+    finish(root, *FLAGS)
+    assert sorted(generated(root)) == sorted([*range(STEPS + 3), *lost])
+    assert digest.parts(root) == reference
+
+
+def test_a_damaged_journal_is_refused_before_the_start_and_can_be_moved_aside(tmp_path):
+    root, keep_all = tmp_path / "run", ("--ckpt.interval", "2")
+    run(root, *keep_all, crash_at="batch.committed:4")
+    path = journal.segments(RunPaths(root))[0]
+    data = bytearray(path.read_bytes())
+    data[60] ^= 1
+    path.write_bytes(data)
+    before = generated(root)
+    refused = run(root, *keep_all)
+    assert refused.returncode == 2
+    assert f"{path} is damaged at byte" in refused.stderr
+    assert path.exists()
+    said = finish(root, *keep_all, "--ckpt.resume-step", "-1", "--ckpt.on-corrupt", "fallback")
+    assert "its rollouts are sampled again" in said
+    assert [p.read_bytes() for p in root.glob(f"superseded/*/journal/{path.name}")] == [data]
+    assert len(generated(root)) > len(set(generated(root))) >= len(before)
+    finish(tmp_path / "whole", *keep_all)
+    assert digest.parts(root) == digest.parts(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("point", sorted(POINTS))
@@ -102,6 +156,7 @@ def test_killed_inside_a_rollback_the_same_command_finishes_it(tmp_path, referen
     finish(whole, *keep_all)
     assert digest.parts(root) == digest.parts(whole)
     (aside,) = root.glob("superseded/*/metrics/trainer.jsonl")
+    assert list(root.glob("superseded/*/journal/*.log"))
     moved = metrics.read(aside)
     assert [row["step"] for row in moved] == [3, 4, 5, 6, 7]
 

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import batchlog, checkpoint, durable, metrics, process, weights
+from ratchet import batchlog, checkpoint, durable, ledger, metrics, process, weights
 from ratchet.attempts import Plan
 from ratchet.config import RLConfig, load
+from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.launch.opening import open_attempt
 from ratchet.records import Sample
+
+AHEAD = 4
+EVER = 1 << 40
 
 
 def sample(draw):
@@ -31,6 +35,43 @@ def sample(draw):
         advantage=0.0,
         finish_reason="stop",
     )
+
+
+class Rollouts:
+    """The orchestrator's rollouts, finished ahead of the batches that they go into, and kept in the journal.
+
+    Each generation leaves a line in <run>.generated, beside the run: a test counts them.
+    """
+
+    def __init__(self, stage, record):
+        root = stage.paths.root
+        self.generated = root.with_name(f"{root.name}.generated")
+        self.key = f"{record.run_id}/{record.lineage}"
+        self.journal = Journal(stage, segment_bytes=400)
+        self.journal.restore(range(EVER))
+        self.ready = {}
+
+    def take(self, draw):
+        for ahead in range(draw, draw + AHEAD):
+            if ahead not in self.ready:
+                self.ready[ahead] = self.play(ahead)
+        return self.ready.pop(draw)
+
+    def play(self, draw):
+        entry = self.journal.find(RolloutId("toy", draw, 0))
+        if entry is not None:
+            assert entry.key == self.key, f"the journal holds draw {draw} of another lineage"
+            return entry.outcome
+        with self.generated.open("a") as file:
+            file.write(f"{draw}\n")
+        found = sample(draw)
+        self.journal.append(Entry(env="toy", draw=draw, rollout=0, key=self.key, policy="", sample=found))
+        self.journal.write()
+        self.journal.sync()
+        return found
+
+    def settle(self, next_draw):
+        self.journal.trim(self.journal.release(range(next_draw, EVER)))
 
 
 def publish_weights(stage, step, state, attempt):
@@ -65,7 +106,7 @@ def restore(paths, plan):
     return (paths.checkpoint(plan.step) / "trainer" / "state").read_text()
 
 
-def emit(stage, paths, step, attempt):
+def emit(stage, paths, step, attempt, rollouts):
     """The orchestrator's part: the state counts draws, and rides in the batch."""
     if batchlog.is_ready(paths, step):
         return
@@ -74,25 +115,32 @@ def emit(stage, paths, step, attempt):
         before = (paths.checkpoint(step) / checkpoint.STATE).read_bytes()
     drawn = msgspec.json.decode(before)["drawn"] if before else 0
     row = {"step": step + 1, "reward/mean": float(drawn)}
-    state = msgspec.json.encode({"drawn": drawn + 1})
+    drawn += 1
+    totals = {"step": step + 1, "total_samples": drawn, "total_tokens": drawn, "total_problems": drawn}
+    envs = [{"label": "toy", "drawn": drawn}]
+    state = msgspec.json.encode({"drawn": drawn, "next_draw": drawn, "progress": totals, "envs": envs})
+    samples = [rollouts.take(drawn - 1)]
     batchlog.publish(
         stage,
         step=step,
         attempt=attempt,
-        samples=[sample(drawn)],
+        samples=samples,
         state=state,
         metrics=row,
         oldest_served=step,
     )
     durable.crash_point("toy.before_row")
     metrics.append(stage, paths.metric("orchestrator"), row)
+    durable.crash_point("toy.before_line")
+    ledger.append(stage, ledger.line(step, samples, state))
+    rollouts.settle(drawn)
 
 
 def main():
     root, steps, *flags = sys.argv[1:]
     arguments = ["--model.name", "toy", "--output-dir", root, "--max-steps", steps, *flags]
     config = load(RLConfig, arguments)
-    opened = open_attempt("rl", config, lambda: None)
+    opened = open_attempt("rl", config, dict)
     if isinstance(opened, Plan):
         return 0
     paths, stage, plan = opened.paths, opened.stage, opened.record.plan
@@ -100,11 +148,12 @@ def main():
         sys.stdout.write(message + "\n")
     attempt, state, step = opened.record.attempt, restore(paths, plan), plan.step
     publish_weights(stage, step, state, attempt)
+    rollouts = Rollouts(stage, opened.record)
     while step < config.max_steps:
         # One batch ahead of training, as the asynchronous orchestrator is.
-        emit(stage, paths, step, attempt)
+        emit(stage, paths, step, attempt, rollouts)
         if step + 1 < config.max_steps:
-            emit(stage, paths, step + 1, attempt)
+            emit(stage, paths, step + 1, attempt, rollouts)
         samples, _ = batchlog.read(paths, step)
         state = durable.hash_bytes(f"{state}/{samples[0].draw}".encode())
         step += 1

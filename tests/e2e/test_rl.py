@@ -53,8 +53,9 @@ def test_deterministic_ten_plus_ten_equals_twenty(tmp_path):
     assert run_digest(parts) == run_digest(whole)
 
 
-def test_deterministic_survives_the_death_of_each_program(tmp_path):
-    command = (*ALONE, "--deterministic", "--max-steps", "8", "--ckpt.interval", "3")
+def test_without_restarts_deterministic_survives_the_death_of_each_program(tmp_path):
+    steps = ("--max-steps", "8", "--ckpt.interval", "3")
+    command = (*ALONE, "--deterministic", *steps, "--launch.max-restarts", "0")
     root, calm = tmp_path / "run", tmp_path / "calm"
     run("rl", *command, "--output-dir", calm)
     for role in ("trainer", "orchestrator", "inference"):
@@ -112,6 +113,7 @@ def test_ten_kills_of_the_whole_run_and_the_same_command_each_time(tmp_path):
     assert [row["step"] for row in rows(root)] == list(range(1, 21))
     draws = [s.draw for k in range(20) for s in batchlog.read(RunPaths(root), k)[0]]
     assert len(draws) == len(set(draws)) * 4  # each draw is trained once, as one group of four
+    assert "0 skipped, 0 duplicated\nclean" in run("ckpt", "audit", root)
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ def test_the_published_model_loads_as_a_hugging_face_model(straight):
     ],
 )
 def test_killed_inside_a_save_the_same_command_ends_with_the_same_bits(straight, tmp_path, point, mode):
-    command = (*SMALL, "--output-dir", tmp_path / "run", "--ckpt.interval", "2", *mode)
+    once = ("--launch.max-restarts", "0")  # the point would kill every restart as well
+    command = (*SMALL, "--output-dir", tmp_path / "run", "--ckpt.interval", "2", *mode, *once)
     run("sft", *command, code=1, RATCHET_CRASH_AT=point)
     assert durable.committed(tmp_path / "run" / "checkpoints").keys() >= {2}
     said = run("sft", *command)
@@ -201,3 +202,25 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_attempt_that_ended_before_its_first_step_binds_nothing(tmp_path):
+    """A wrong value is corrected in the same directory, even one that may not change later."""
+    process = start("sft", *SMALL, "--output-dir", tmp_path, "--seed", "1")
+    wait_until(lambda: list(tmp_path.glob("attempts/*/record.json")), process=process)
+    kill(process)
+    assert last_step(tmp_path) == 0
+    assert "Starting at step 0" in run("sft", *SMALL, "--output-dir", tmp_path, "--seed", "2")
+
+
+def test_changed_data_is_refused_and_the_corrected_name_of_a_missing_file_is_taken(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    source = (ROOT / "examples/reverse_text/sft.jsonl").read_text().splitlines(keepends=True)
+    command = (*SMALL, "--output-dir", tmp_path / "run", "--ckpt.interval", "2")
+    missing = run("sft", *command, "--data.name", f"{tmp_path.name}/rows.jsonl", code=2)
+    assert "cannot be read" in missing
+    data.write_text("".join(source[:600]))
+    run("sft", *command, "--data.name", data)
+    data.write_text("".join(source[:300]))
+    more = ("--max-steps", "8", "--ckpt.resume-step", "-1")
+    assert "data changed since this run began" in run("sft", *command, "--data.name", data, *more, code=2)

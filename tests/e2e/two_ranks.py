@@ -38,7 +38,7 @@ def main():
     set_determinism(1)
     world = open_world("cpu")
     dist.barrier()
-    assignment = attempts.join(root, 2, "trainer", 1, rank=1)
+    assignment = attempts.join(root, 2, "trainer", 1)
     Trainer(assignment, world, lambda: False).run()
     dist.barrier()
 

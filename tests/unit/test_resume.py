@@ -3,7 +3,7 @@
 import pytest
 
 from ratchet.errors import Refusal
-from ratchet.resume import Listing, Request, plan
+from ratchet.resume import Listing, Request, plan, plan_trainer
 
 
 def same(kind="rl", **more):
@@ -100,6 +100,36 @@ def test_a_damaged_batch_ends_the_prefix():
     assert "step_5 is damaged" in chosen.messages[1]
 
 
+SEGMENTS = ("001.orchestrator.1-1.log", "001.orchestrator.1-2.log")
+
+
+def test_the_journal_stays_where_a_run_continues():
+    assert plan(Listing(checkpoints=(4,), batches=(4, 5), journal=SEGMENTS), same()).supersede == ()
+
+
+@pytest.mark.parametrize(
+    ("listing", "request_"),
+    [
+        (Listing(checkpoints=(4, 8), batches=(4, 5, 6, 7), journal=SEGMENTS), other(resume_step=4)),
+        (Listing(batches=(3, 4), weights=(4, 5), journal=SEGMENTS), same()),
+        (Listing(checkpoints=(4,), batches=(4, 6), journal=SEGMENTS), same()),
+    ],
+    ids=["rollback", "starting again", "the log is cut"],
+)
+def test_the_journal_is_moved_aside_with_the_future_that_it_belongs_to(listing, request_):
+    assert {f"journal/{name}" for name in SEGMENTS} <= set(plan(listing, request_).supersede)
+
+
+def test_a_damaged_segment_stops_or_is_moved_aside_alone():
+    damage = {SEGMENTS[0]: "journal/x is damaged at byte 18: expected 1, found 2."}
+    listing = Listing(checkpoints=(4,), batches=(4, 5), journal=SEGMENTS, damaged_journal=damage)
+    with pytest.raises(Refusal, match=r"at byte 18.*--ckpt.on-corrupt fallback.*sampled again"):
+        plan(listing, same())
+    chosen = plan(listing, same(on_corrupt="fallback"))
+    assert (chosen.supersede, chosen.next_batch) == ((f"journal/{SEGMENTS[0]}",), 6)
+    assert "at byte 18" in chosen.messages[1]
+
+
 def test_a_damaged_newest_checkpoint_stops_and_names_the_newest_sound_one():
     listing = Listing(
         checkpoints=(4,), batches=tuple(range(9)), damaged_checkpoints={8: "step_8/x is damaged."}
@@ -133,3 +163,59 @@ def test_without_a_checkpoint_and_without_the_first_batches_it_starts_again_alou
 def test_sft_has_no_log():
     chosen = plan(Listing(checkpoints=(20,)), Request(kind="sft", max_steps=40, has_run=True, resume_step=20))
     assert (chosen.step, chosen.next_batch, chosen.from_checkpoint) == (20, 20, True)
+
+
+def test_a_trainer_alone_continues_at_the_newest_checkpoint_and_moves_nothing():
+    chosen = plan_trainer(Listing(checkpoints=(3, 6), batches=tuple(range(9)), weights=(6, 7, 8)), "rl")
+    assert (chosen.step, chosen.from_checkpoint, chosen.next_batch) == (6, True, 9)
+    assert chosen.supersede == ()
+
+
+def test_a_trainer_alone_starts_at_step_0_while_every_batch_is_there():
+    chosen = plan_trainer(Listing(batches=(0, 1, 2), weights=(0, 1, 2)), "rl")
+    assert (chosen.step, chosen.from_checkpoint, chosen.next_batch) == (0, False, 3)
+    assert plan_trainer(Listing(), "rl").step == 0
+    assert plan_trainer(Listing(checkpoints=(4,)), "sft").step == 4
+
+
+@pytest.mark.parametrize(
+    ("listing", "says"),
+    [
+        (Listing(batches=(3, 4), weights=(3, 4)), "first batches are gone"),
+        (Listing(weights=(3,)), "first batches are gone"),
+        (Listing(checkpoints=(3,), batches=(3, 5)), "Batch 4 is missing"),
+        (Listing(checkpoints=(3,), batches=(3,), damaged_batches={4: "four is bad"}), "four is bad"),
+        (Listing(checkpoints=(3,), damaged_checkpoints={6: "six is bad"}), "six is bad"),
+    ],
+)
+def test_a_trainer_alone_does_not_continue_where_something_must_be_moved_aside(listing, says):
+    with pytest.raises(Refusal, match=says):
+        plan_trainer(listing, "rl")
+
+
+@pytest.mark.parametrize("damaged", [{}, {12: "batches/step_12 is damaged"}])
+def test_where_the_log_is_cut_the_policies_and_evaluations_behind_it_do_not_count(damaged):
+    batches = tuple(k for k in range(15) if k != 12)
+    listing = Listing(
+        checkpoints=(12,),
+        batches=batches,
+        damaged_batches=damaged,
+        weights=(11, 12, 13, 14, 15),
+        evals=(10, 12, 15),
+    )
+    chosen = plan(listing, same())
+    assert (chosen.step, chosen.next_batch, chosen.cuts_log) == (12, 12, True)
+    moved = {name for name in chosen.supersede if not name.startswith("batches")}
+    assert moved == {"weights/step_13", "weights/step_14", "weights/step_15", "evals/step_15"}
+
+
+def test_a_whole_log_is_not_cut():
+    assert not plan(Listing(checkpoints=(4,), batches=(4, 5), weights=(4, 5, 6)), same()).cuts_log
+
+
+def test_asking_to_continue_what_cannot_be_continued_is_refused_and_starting_over_is_said():
+    finished = Listing(batches=(19,), weights=(18, 19, 20))
+    with pytest.raises(Refusal, match=r"model.name = its weights/step_N"):
+        plan(finished, other(resume_step=-1))
+    chosen = plan(finished, other(resume_step=0))
+    assert (chosen.step, chosen.rollback) == (0, True)

@@ -11,6 +11,7 @@ from ratchet import log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig, load
 from ratchet.errors import Refusal
 from ratchet.launch.join import join_orchestrator
+from ratchet.launch.opening import Fingerprints
 from ratchet.launch.replay import replay
 from ratchet.launch.run import run
 
@@ -34,13 +35,14 @@ def _sft() -> int:
     return run("sft", config, ("trainer",), lambda: _check_sft(config))
 
 
-def _check_sft(config: SFTConfig) -> None:
+def _check_sft(config: SFTConfig) -> Fingerprints:
     from ratchet.chat import Chat
     from ratchet.models.check import check_model
     from ratchet.trainer.sft_data import check_data
 
-    check_model(config.model)
-    check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
+    model = check_model(config.model)
+    data = check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
+    return {"model": model, "data": data}
 
 
 def rl() -> NoReturn:
@@ -54,14 +56,14 @@ def _rl() -> int:
     return run("rl", config, roles, lambda: _check_rl(config))
 
 
-def _check_rl(config: RLConfig) -> None:
+def _check_rl(config: RLConfig) -> Fingerprints:
     from ratchet.models.check import check_model
     from ratchet.orchestrator.check import check, probe
 
-    check_model(config.model)
-    check(config)
+    found = {"model": check_model(config.model), **check(config)}
     if config.inference is None:
         probe(config)
+    return found
 
 
 def trainer() -> NoReturn:
@@ -83,7 +85,7 @@ def _trainer() -> int:
     config = _parse(RLConfig, "trainer")
     from ratchet.models.check import check_model
 
-    return run("rl", config, ("trainer",), lambda: check_model(config.model))
+    return run("rl", config, ("trainer",), lambda: {"model": check_model(config.model)})
 
 
 def orchestrator() -> NoReturn:

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ratchet import attempts, log, process
+from ratchet import attempts, heartbeat, log, process
 from ratchet.config import RLConfig
+from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     assignment = attempts.join(arguments.run, arguments.attempt, "inference", arguments.incarnation)
     log.setup("inference", assignment.config.log.level)
     with socket.socket(fileno=arguments.fd) as listener:
-        return _serve(assignment.config, listener, lambda line: log.LOGGER.info("%s", line))
+        return _serve(assignment.config, listener, lambda line: log.LOGGER.info("%s", line), assignment.stage)
 
 
 def serve(config: RLConfig) -> int:
@@ -46,11 +47,15 @@ def serve(config: RLConfig) -> int:
         return _serve(config, listener, lambda line: sys.stderr.write(f"{line}\n"))
 
 
-def _serve(config: RLConfig, listener: socket.socket, say: Callable[[str], object]) -> int:
+def _serve(
+    config: RLConfig, listener: socket.socket, say: Callable[[str], object], stage: Stage | None = None
+) -> int:
     # Read by cuBLAS when it starts, so before torch is imported.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from ratchet.inference.serving import serve_on
 
+    if stage is not None:
+        heartbeat.start(stage)
     serve_on(config, listener, say)
     return EXIT_OK
 

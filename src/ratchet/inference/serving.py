@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 import uvicorn
 
-from ratchet import weights
+from ratchet import heartbeat, weights
 from ratchet.chat import Chat
 from ratchet.config import InferenceConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -129,6 +129,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     worker.start()
+    heartbeat.follow_loop()
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():

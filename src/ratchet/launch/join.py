@@ -10,7 +10,7 @@ from ratchet import attempts, durable
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
-from ratchet.errors import EXIT_OK, EXIT_STOPPED, Damaged, Refusal
+from ratchet.errors import EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Damaged, Refusal
 from ratchet.launch.supervisor import child_environment
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
@@ -71,6 +71,7 @@ def _take_over(paths: RunPaths, record: Record) -> int:
     incarnation = max(known, default=0) + 1
     stage = Stage.open(paths, attempts.token(record.attempt, "joining", os.getpid()))
     durable.revoke(paths, by=stage, prefix=prefix)
+    Stage.open(paths, attempts.token(record.attempt, "orchestrator", incarnation))
     stage.directory.rmdir()
     return incarnation
 
@@ -84,4 +85,5 @@ def _watch(paths: RunPaths, record: Record, child: "subprocess.Popen[bytes]") ->
             child.wait()
             return EXIT_STOPPED
         time.sleep(POLL_S)
-    return child.returncode
+    has_closed = child.returncode == EXIT_FENCED and _open(paths) is None
+    return EXIT_STOPPED if has_closed else child.returncode

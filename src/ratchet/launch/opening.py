@@ -13,14 +13,17 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, durable, resume
+from ratchet import attempts, durable, metrics, resume
 from ratchet import config as configs
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
-from ratchet.paths import RunPaths
+from ratchet.paths import RunPaths, step_name
 from ratchet.trainer import schedule
+
+Fingerprints = dict[str, str]
+"""A digest of each thing that a configuration names and that must not change within a run."""
 
 
 @dataclass
@@ -33,20 +36,25 @@ class Attempt:
     record: Record
     config: RunConfig
 
-    def close(self, code: int, reason: str) -> None:
-        """Record the outcome and leave no workshop behind."""
+    def close(self, code: int, reason: str, *, others_go_on: bool = False) -> None:
+        """Record the outcome and leave no workshop behind.
+
+        With `others_go_on` a joined orchestrator keeps its own after a success: it may owe the last evaluation.
+        """
         self.record = attempts.write(
             self.stage, msgspec.structs.replace(self.record, outcome=Outcome(code, reason))
         )
-        durable.revoke(self.paths, by=self.stage)
+        if not (others_go_on and code == EXIT_OK):
+            durable.revoke(self.paths, by=self.stage)
         shutil.rmtree(self.stage.directory)
         self.lock.release()
 
 
-def open_attempt(kind: str, config: RunConfig, check: Callable[[], None]) -> Attempt | Plan:
+def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]) -> Attempt | Plan:
     """Take the lock, plan and apply; or return the plan of a run that is complete already.
 
-    `check` raises a Refusal for input that no program could use; it runs when there is work to be done.
+    `check` raises a Refusal for input that no program could use, and returns what the input is; it runs when there
+    is work to be done.
 
     Raises: Refusal, before anything of the run was touched.
     """
@@ -61,10 +69,12 @@ def open_attempt(kind: str, config: RunConfig, check: Callable[[], None]) -> Att
         durable.revoke(paths, by=stage)
         if last is not None and not last.applied:
             last = _carry_out(stage, last)
-        chosen, announced = _decide(kind, paths, config, last)
+        chosen, announced = decide(kind, paths, config, last)
         if not chosen.complete:
-            check()
-            record = _begin(stage, kind, config, number, last, chosen, announced)
+            fingerprints = check()
+            if last is not None and has_produced(paths):
+                fingerprints = _check_fingerprints(last.fingerprints, fingerprints)
+            record = _begin(stage, kind, config, number, last, chosen, announced, fingerprints)
             return Attempt(paths, lock, stage, _carry_out(stage, record), config)
     except BaseException:
         shutil.rmtree(stage.directory, ignore_errors=True)
@@ -88,19 +98,21 @@ def _make_root(paths: RunPaths) -> None:
 def _next_number(paths: RunPaths) -> int:
     """Above every number that an attempt or a workshop ever had, so that no token is used twice."""
     names = [*_names(paths.attempts), *_names(paths.staging)]
-    return 1 + max((int(n[:3]) for n in names if n[:3].isdigit()), default=0)
+    numbers = [n.partition(".")[0] for n in names]
+    return 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
 def _names(directory: Path) -> list[str]:
     return os.listdir(directory) if directory.exists() else []
 
 
-def _decide(
+def decide(
     kind: str, paths: RunPaths, config: RunConfig, last: Record | None
 ) -> tuple[Plan, tuple[str, ...]]:
     announced: tuple[str, ...] = ()
     is_same = False
-    if last is not None:
+    has_run = last is not None and has_produced(paths)
+    if last is not None and has_run:
         if last.kind != kind:
             raise Refusal(f"{paths.root} holds a run of `{last.kind}`: give this one another --output-dir.")
         old = attempts.read_config(paths, last)
@@ -111,12 +123,41 @@ def _decide(
         kind=kind,
         max_steps=config.max_steps,
         resume_step=ckpt.resume_step if ckpt else None,
-        has_run=last is not None,
+        has_run=has_run,
         is_same=is_same,
-        was_finished=last is not None and last.outcome is not None and last.outcome.code == EXIT_OK,
+        was_finished=has_run
+        and last is not None
+        and last.outcome is not None
+        and last.outcome.code == EXIT_OK,
         on_corrupt=ckpt.on_corrupt if ckpt else "stop",
     )
-    return resume.decide(paths, request), announced
+    chosen = resume.decide(paths, request)
+    if last is not None and not has_run and paths.weight(0).exists():
+        # Initial weights of settings that may have been others: nobody may adopt them before they are made again.
+        chosen = msgspec.structs.replace(chosen, supersede=(f"weights/{step_name(0)}",))
+    return chosen, announced
+
+
+def has_produced(paths: RunPaths) -> bool:
+    """Whether anything here is worth continuing. An attempt that failed before its first step leaves nothing that
+    would have to fit the next one: initial weights are published again."""
+    parts = (paths.checkpoints, paths.batches, paths.evals)
+    return (
+        any(durable.steps(part) for part in parts)
+        or any(step > 0 for step in durable.steps(paths.weights))
+        or bool(metrics.read(paths.metric("trainer")))
+    )
+
+
+def _check_fingerprints(old: Fingerprints, new: Fingerprints) -> Fingerprints:
+    """What is recorded: the old ones with those that are new. Raises: Refusal if one is not what it was."""
+    changed = [name for name in new if old.get(name, new[name]) != new[name]]
+    if changed:
+        raise Refusal(
+            f"{', '.join(changed)} changed since this run began, so it cannot be continued exactly: restore the "
+            "files, or start a new run with another --output-dir."
+        )
+    return old | new
 
 
 def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
@@ -150,6 +191,7 @@ def _begin(
     last: Record | None,
     chosen: Plan,
     announced: tuple[str, ...],
+    fingerprints: Fingerprints,
 ) -> Record:
     """Commit the intent: the attempt's configuration, then its record with the plan."""
     paths = stage.paths
@@ -161,18 +203,21 @@ def _begin(
             if environment.get(name) != old
         )
     paths.attempt(number).mkdir(parents=True, exist_ok=True)
-    stage.replace(paths.attempt(number) / "run.toml", configs.to_toml(config))
+    resolved = configs.to_toml(config)
+    stage.replace(paths.attempt(number) / "run.toml", resolved)
     lineage = last.lineage if last else 0
     record = Record(
         attempt=number,
         kind=kind,
         run_id=last.run_id if last else secrets.token_hex(6),
-        lineage=lineage + 1 if chosen.rollback else lineage,
+        lineage=lineage + 1 if chosen.rollback or chosen.cuts_log else lineage,
         argv=attempts.argv(),
         resume_step=config.ckpt.resume_step if config.ckpt else None,
         plan=chosen,
         announced=announced,
         environment=environment,
+        fingerprints=fingerprints,
+        config_xxh3=durable.hash_bytes(resolved),
     )
     return attempts.write(stage, record)
 

@@ -40,7 +40,7 @@ def judge(config: LaunchConfig, code: int, restarted_at: Sequence[float], now: f
     if recent >= config.max_restarts:
         return Verdict(
             None,
-            f"it was started again {recent} times within {config.restart_window_s:g} s "
+            f"it was started again {recent} time{'s' * (recent > 1)} within {config.restart_window_s:g} s "
             "(launch.max_restarts, launch.restart_window_s)",
         )
     return Verdict(min(config.backoff_s * 2**recent, BACKOFF_MAX_S))

@@ -1,15 +1,17 @@
 """One attempt of `sft` or `rl`, from the plan to the closing summary."""
 
+import contextlib
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import IO
 
-from ratchet import metrics
+from ratchet import durable, metrics
 from ratchet.attempts import Plan
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
-from ratchet.launch.opening import Attempt, open_attempt
+from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
 from ratchet.launch.supervisor import Supervisor
 from ratchet.report.console import Console
@@ -22,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[], None]) -> int:
+def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[], Fingerprints]) -> int:
     """Run one attempt of `sft` or `rl` to its exit code."""
     opened = open_attempt(kind, config, check)
     if isinstance(opened, Plan):
@@ -35,14 +37,14 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
     supervisor = Supervisor(opened, console)
     supervisor.install_signal_handlers()
     try:
-        with console:
-            _start_children(supervisor, config, roles)
+        with console, contextlib.ExitStack() as held:
+            _start_children(supervisor, config, roles, held)
             code, reason = supervisor.run()
     except BaseException as error:
         supervisor.kill()
         opened.close(EXIT_CRASH, f"launcher: {error!r}")
         raise
-    opened.close(code, reason)
+    opened.close(code, reason, others_go_on="orchestrator" not in roles)
     _say_goodbye(console, opened, code, log)
     return code
 
@@ -57,27 +59,32 @@ def _greet(console: Console, opened: Attempt) -> None:
         console.say(f"Warning: {warning}")
 
 
-def _start_children(supervisor: Supervisor, config: RunConfig, roles: tuple[str, ...]) -> None:
+def _start_children(
+    supervisor: Supervisor, config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack
+) -> None:
+    """Start every role; `held` keeps the server's socket open, so that a restarted one has the same port."""
     if isinstance(config, SFTConfig | RLConfig):
         supervisor.start("trainer", threads=config.trainer.threads)
     if not isinstance(config, RLConfig):
         return
-    url = config.orchestrator.client.base_url
+    arguments = ("--base-url", config.orchestrator.client.base_url)
     if "inference" in roles and config.inference is not None:
-        with listen(config.inference.host, 0) as server:
-            fd = server.fileno()
-            supervisor.start("inference", "--fd", str(fd), threads=config.inference.threads, fds=(fd,))
-            host, port = server.getsockname()[:2]
-            url = f"http://{host}:{port}"
+        server = held.enter_context(listen(config.inference.host, 0))
+        fd = server.fileno()
+        supervisor.start("inference", "--fd", str(fd), threads=config.inference.threads, fds=(fd,))
+        host, port = server.getsockname()[:2]
+        arguments = ("--base-url", f"http://{host}:{port}", "--own-server")
     if "orchestrator" in roles:
-        supervisor.start("orchestrator", "--base-url", url)
+        supervisor.start("orchestrator", *arguments)
 
 
 def _say_goodbye(console: Console, opened: Attempt, code: int, log: IO[str]) -> None:
     if code == EXIT_OK:
-        console.summarize()
+        console.summarize(restarts=Counter(restart.role for restart in opened.record.restarts))
     elif code == EXIT_STOPPED:
         rows = metrics.read(opened.paths.metric("trainer"))
         step = rows[-1]["step"] if rows else opened.record.plan.step
-        console.say(f"Stopped after step {step}. The same command continues.")
+        saved = max(durable.committed(opened.paths.checkpoints), default=0)
+        where = f"continues at step {saved}" if saved else "starts at step 0: no checkpoint was asked for"
+        console.say(f"Stopped after step {step}. The same command {where}.")
     log.close()

@@ -1,7 +1,10 @@
-"""Start the programs of an attempt, watch them, pass signals on; the first failure stops all.
+"""Start the programs of an attempt, watch them, pass signals on; replace one that died or froze.
 
 Who may end first: a trainer that reached max_steps (the orchestrator still plays the last evaluation), or an
 orchestrator that has emitted the last batch. Inference never; it is stopped last.
+
+A replacement is a new incarnation of one role while the others go on, in this order: fence the old one by renaming
+its workshop away, kill what is left of it, plan and record, start. A role that fails too often stops all.
 """
 
 import os
@@ -13,22 +16,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+import msgspec
+
+from ratchet import attempts, durable, heartbeat, metrics, resume
+from ratchet.attempts import Plan, Restart
+from ratchet.durable import Stage
+from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
+from ratchet.launch import restarts
 from ratchet.launch.opening import Attempt
+from ratchet.launch.restarts import Pulse
 from ratchet.report.console import Console
 
 POLL_S = 0.05
+PULSE_S = 0.5
 GRACE_S = 20.0
 LAST_LINES = 15
 
 
 @dataclass
 class Child:
-    """One program of the run."""
+    """One program of the run: its newest incarnation, and what it takes to start another."""
 
     role: str
-    process: "subprocess.Popen[bytes]"
+    arguments: tuple[str, ...]
+    threads: int
+    fds: tuple[int, ...]
     log: Path
+    process: "subprocess.Popen[bytes]"
+    workshop: Path
+    pulse: Pulse
+    incarnation: int = 1
+    restarted_at: list[float] = field(default_factory=list)
+    due_at: float | None = None
+    """When the next incarnation starts; None once it did, and where there is none."""
+    was_frozen: bool = False
+    """The launcher killed it for giving no sign of life."""
+
+    def poll(self) -> int | None:
+        """The exit code, if it ended and no other incarnation will follow."""
+        return self.process.poll() if self.due_at is None else None
 
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
@@ -37,21 +63,37 @@ class Child:
 
 @dataclass
 class Supervisor:
-    """Starts, watches and stops the children of one attempt."""
+    """Starts, watches, replaces and stops the children of one attempt."""
 
     attempt: Attempt
     console: Console
     children: dict[str, Child] = field(default_factory=dict)
     stop_requests: int = 0
+    pulses_taken_at: float = 0.0
 
     def start(self, role: str, *arguments: str, threads: int = 1, fds: tuple[int, ...] = ()) -> None:
+        """Start the first incarnation of a role; `fds` stay open here, for those that may follow."""
+        log = self.attempt.paths.attempt(self.attempt.record.attempt) / f"{role}.log"
+        process, workshop = self._spawn(role, 1, arguments, threads, fds, log)
+        pulse = Pulse(self.attempt.config.launch.frozen_s, time.monotonic())
+        self.children[role] = Child(role, arguments, threads, fds, log, process, workshop, pulse)
+
+    def _spawn(
+        self,
+        role: str,
+        incarnation: int,
+        arguments: tuple[str, ...],
+        threads: int,
+        fds: tuple[int, ...],
+        log: Path,
+    ) -> "tuple[subprocess.Popen[bytes], Path]":
         """Start `python -m ratchet.<role> RUN ATTEMPT INCARNATION`; its output goes to the attempt's log."""
         number = self.attempt.record.attempt
-        log = self.attempt.paths.attempt(number) / f"{role}.log"
-        command = [sys.executable, "-m", f"ratchet.{role}", str(self.attempt.paths.root), str(number), "1"]
+        stage = Stage.open(self.attempt.paths, attempts.token(number, role, incarnation))
+        where = (str(self.attempt.paths.root), str(number), str(incarnation))
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [*command, *arguments],
+                [sys.executable, "-m", f"ratchet.{role}", *where, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -59,7 +101,7 @@ class Supervisor:
                 pass_fds=fds,
                 start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
             )
-        self.children[role] = Child(role, process, log)
+        return process, stage.directory
 
     def install_signal_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,31 +122,111 @@ class Supervisor:
                 self.console.say("Stopping after this step; once more to stop at once.")
                 self.signal("trainer", signal.SIGTERM)
                 asked = True
-            codes = {role: child.process.poll() for role, child in self.children.items()}
-            if (verdict := self._judge(codes, asked)) is not None:
+            self._kill_frozen()
+            if (verdict := self._judge(asked)) is not None:
                 self.console.refresh()
                 return verdict
+            if not asked:
+                self._start_due()
             time.sleep(POLL_S)
 
-    def _judge(self, codes: dict[str, int | None], asked: bool) -> tuple[int, str] | None:
+    def _judge(self, asked: bool) -> tuple[int, str] | None:
         """What the exit codes so far mean: None while there is work to be done."""
-        workers = {role: code for role, code in codes.items() if role != "inference"}
-        if asked and codes.get("trainer") in (EXIT_OK, EXIT_STOPPED):
+        trainer = self.children.get("trainer")
+        if asked and trainer and (trainer.due_at or trainer.poll() in (EXIT_OK, EXIT_STOPPED)):
             self.stop_all()
             return EXIT_STOPPED, "stopped on request"
-        for role, code in codes.items():
-            if code is not None and (code != EXIT_OK or role == "inference"):
+        for child in self.children.values():
+            code = child.poll()
+            if code is None or (code == EXIT_OK and child.role != "inference"):
+                continue
+            why = "" if asked else self._replace(child, code)
+            if why is not None:
                 self.stop_all()
-                return self._failure(role, code or EXIT_CRASH)
-        if all(code == EXIT_OK for code in workers.values()):
+                return self._failure(child, code or EXIT_CRASH, why)
+        if all(child.poll() == EXIT_OK for child in self.children.values() if child.role != "inference"):
             self.stop_all()
             return EXIT_OK, "complete"
         return None
 
-    def _failure(self, role: str, code: int) -> tuple[int, str]:
-        child = self.children[role]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        reason = f"{role} {how}"
+    def _replace(self, child: Child, code: int) -> str | None:
+        """Fence a program that ended and schedule its next incarnation; or return why there is none."""
+        now = time.monotonic()
+        verdict = restarts.judge(self.attempt.config.launch, code, child.restarted_at, now)
+        if verdict.delay_s is None:
+            return verdict.why
+        self._fence(child)
+        try:
+            plan = self._plan(child.role)
+        except Refusal as error:
+            return f"it cannot continue alone: {error}"
+        reason, child.was_frozen = _how(child, code), False
+        child.incarnation += 1
+        child.restarted_at.append(now)
+        child.due_at = now + verdict.delay_s
+        self._record(Restart(role=child.role, incarnation=child.incarnation, reason=reason, plan=plan))
+        self.console.say(
+            f"The {child.role} {reason}: incarnation {child.incarnation} {self._where(child.role, plan)}, "
+            f"in {verdict.delay_s:g} s."
+        )
+        return None
+
+    def _fence(self, child: Child) -> None:
+        prefix = attempts.token(self.attempt.record.attempt, child.role, 0)[:-1]
+        durable.revoke(self.attempt.paths, by=self.attempt.stage, prefix=prefix)
+
+    def _plan(self, role: str) -> Plan | None:
+        """A trainer alone needs a place to start; the others find theirs in the log. Raises: Refusal"""
+        if role != "trainer":
+            return None
+        return resume.decide_trainer(self.attempt.paths, self.attempt.record.kind)
+
+    def _record(self, restart: Restart) -> None:
+        """Commit a restart, then cut the trainer's rows back to where it starts."""
+        attempt = self.attempt
+        done = (*attempt.record.restarts, restart)
+        attempt.record = attempts.write(attempt.stage, msgspec.structs.replace(attempt.record, restarts=done))
+        if restart.plan is not None:
+            path = attempt.paths.metric("trainer")
+            metrics.rewind(attempt.stage, path, restart.plan.step)
+            self.console.follow_again("trainer")
+
+    def _where(self, role: str, plan: Plan | None) -> str:
+        if plan is not None:
+            replay = f", replaying batches {plan.step} to {plan.next_batch - 1}"
+            return f"continues at step {plan.step}{replay if plan.next_batch > plan.step else ''}"
+        if role == "orchestrator":
+            # The log is never empty again once it was begun.
+            batch = max(durable.steps(self.attempt.paths.batches), default=-1) + 1
+            return f"continues at batch {max(batch, self.attempt.record.plan.next_batch)}"
+        return "serves on the same port"
+
+    def _start_due(self) -> None:
+        for child in self.children.values():
+            if child.due_at is not None and time.monotonic() >= child.due_at:
+                child.process, child.workshop = self._spawn(
+                    child.role, child.incarnation, child.arguments, child.threads, child.fds, child.log
+                )
+                child.pulse = Pulse(self.attempt.config.launch.frozen_s, time.monotonic())
+                child.due_at = None
+
+    def _kill_frozen(self) -> None:
+        """End what gives no sign of life, fenced first: it may publish nothing between the two."""
+        now = time.monotonic()
+        if now - self.pulses_taken_at < PULSE_S:
+            return
+        self.pulses_taken_at = now
+        for child in self.children.values():
+            if child.due_at is not None or child.process.poll() is not None:
+                continue
+            if child.pulse.is_frozen(heartbeat.last_beat(child.workshop), now):
+                child.was_frozen = True
+                self._fence(child)
+                child.process.kill()
+                child.process.wait()
+
+    def _failure(self, child: Child, code: int, why: str) -> tuple[int, str]:
+        reason = f"{child.role} {_how(child, code)}" + (f"; {why}" if why else "")
         self.console.say(f"The {reason}; its last lines ({child.log}):\n{child.tail()}")
         return code if code > 0 else EXIT_CRASH, reason
 
@@ -128,6 +250,12 @@ class Supervisor:
             if child.process.poll() is None:
                 child.process.kill()
             child.process.wait()
+
+
+def _how(child: Child, code: int) -> str:
+    if child.was_frozen:
+        return "gave no sign of life (launch.frozen_s) and was killed"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def child_environment(threads: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Whether the model of a configuration can be loaded, said before any program starts. Needs no torch."""
 
+import importlib.util
 import sys
 import tomllib
 from pathlib import Path
@@ -10,21 +11,31 @@ from ratchet.errors import Refusal
 from ratchet.paths import parse_step
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes."""
+def check_model(model: ModelConfig) -> str:
+    """Returns a fingerprint of the model's files.
+
+    Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes.
+    """
     if not Path(model.name).is_dir() and hub.is_local(model.name):
         raise Refusal(f"The model directory {model.name} does not exist{_remedy(Path(model.name))}.")
     directory = hub.snapshot(model.name, ["config.json"])
     if not (directory / "config.json").exists():
         raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
-    if model.random_init or not Path(model.name).is_dir():
-        return
+    if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise Refusal("model.attention is flash_attention_2, but the package flash-attn is not installed.")
+    if model.random_init:
+        return durable.hash_file(directory / "config.json")
+    if not Path(model.name).is_dir():
+        # Downloaded before any program waits for it.
+        directory = hub.snapshot(model.name, ["*.safetensors", "*.json", "*.jinja", "*.txt"])
     if not any(directory.glob("*.safetensors")):
         raise Refusal(
             f"{directory} holds no *.safetensors: give a trained model, or set model.random_init = true."
         )
     if (directory / durable.MANIFEST).exists():
-        durable.verify(directory)
+        return durable.payload_digest(durable.verify(directory).files)
+    sizes = [f"{path.name} {path.stat().st_size}" for path in sorted(directory.glob("*.safetensors"))]
+    return durable.hash_bytes("\n".join([durable.hash_file(directory / "config.json"), *sizes]).encode())
 
 
 def _remedy(directory: Path) -> str:

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from ratchet import attempts, log, process
+from ratchet import attempts, heartbeat, log, process
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_OK
 
@@ -17,13 +17,15 @@ def main() -> int:
     parser.add_argument("attempt", type=int)
     parser.add_argument("incarnation", type=int)
     parser.add_argument("--base-url", required=True)
+    parser.add_argument("--own-server", action="store_true", help="the launcher started it and watches it")
     arguments = parser.parse_args()
     run = attempts.join(arguments.run, arguments.attempt, "orchestrator", arguments.incarnation)
     config: RLConfig = run.config
     log.setup("orchestrator", config.log.level)
     from ratchet.orchestrator.loop import orchestrate
 
-    asyncio.run(orchestrate(run, arguments.base_url))
+    heartbeat.start(run.stage)
+    asyncio.run(orchestrate(run, arguments.base_url, is_own_server=arguments.own_server))
     return EXIT_OK
 
 

@@ -23,14 +23,21 @@ _PROBE_TIMEOUT_S = 5.0
 _TASKS_MEASURED = 2000
 
 
-def check(config: RLConfig) -> None:
-    """Refuse what no orchestrator could run: no network, no torch. Raises: Refusal with the remedy."""
+def check(config: RLConfig) -> dict[str, str]:
+    """Refuse what no orchestrator could run; returns a fingerprint of each environment's data.
+
+    Raises: Refusal with the remedy. Needs no network and no torch.
+    """
     _check_levels(config)
     if not config.orchestrator.env:
         raise Refusal("An RL run needs an environment: add an [[orchestrator.env]] table.")
     chat = Chat.load(config.model.tokenizer or config.model.name)
+    found = {}
     for env_config in config.orchestrator.env:
-        _check_env(config, env_config, registry.build(env_config), chat)
+        env = registry.build(env_config)
+        _check_env(config, env_config, env, chat)
+        found[f"the data of environment {env_config.label}"] = env.fingerprint()
+    return found
 
 
 def _check_levels(config: RLConfig) -> None:

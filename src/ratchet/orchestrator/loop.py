@@ -11,12 +11,13 @@ An exception in any task stops all others and the program: nothing is logged and
 """
 
 import asyncio
+import math
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ratchet import batchlog, checkpoint, durable, ledger, metrics, resume, weights
+from ratchet import batchlog, checkpoint, durable, heartbeat, ledger, metrics, resume, weights
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig
@@ -249,6 +250,11 @@ class Orchestrator:
             return None
         if self._config.deterministic:
             required = rules_of(self._config).required_policy(scheduler.next_batch)
+            if required < self._run.plan.step and not _is_published(self._run.paths, required):
+                raise RatchetError(
+                    f"Policy {required}, which alone may sample batch {scheduler.next_batch}, is gone, and the "
+                    f"trainer begins at {self._run.plan.step}: resume from another checkpoint (`ckpt ls` lists them)."
+                )
             return required if required > current else None
         if current >= 0:
             return weights.newest(self._run.paths, above=current)
@@ -285,19 +291,19 @@ def next_batch(run: Assignment) -> int:
 
 def read_state(run: Assignment, batch: int) -> bytes | None:
     """The orchestrator's state before batch `batch`; None at the very start. Raises: Damaged, RatchetError."""
-    last = run.paths.batch(batch - 1)
-    if batch > 0 and last.exists():
-        return batchlog.read_state(last)
     if batch == 0:
         return None
     directory = run.paths.checkpoint(run.plan.step)
-    if batch != run.plan.step or not (directory / checkpoint.STATE).exists():
+    if batch == run.plan.step and (directory / checkpoint.STATE).exists():
+        durable.verify(directory)
+        return (directory / checkpoint.STATE).read_bytes()
+    last = run.paths.batch(batch - 1)
+    if not last.exists():
         raise RatchetError(
             f"The orchestrator's state before batch {batch} is neither in {last} nor in {directory}: "
             "resume from another checkpoint (`ckpt ls` lists them)."
         )
-    durable.verify(directory)
-    return (directory / checkpoint.STATE).read_bytes()
+    return batchlog.read_state(last)
 
 
 def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
@@ -317,15 +323,20 @@ def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
     return scheduler
 
 
-async def orchestrate(run: Assignment, base_url: str) -> None:
+async def orchestrate(run: Assignment, base_url: str, *, is_own_server: bool) -> None:
     """Run one incarnation to its end. Raises: Stopped, Refusal, RatchetError, or whatever a task raised."""
     config: RLConfig = run.config
+    client_config = config.orchestrator.client
+    if is_own_server:
+        # The launcher notices when it dies; how long a large model loads is nobody's error.
+        client_config = client_config.model_copy(update={"wait_s": math.inf})
     chat = Chat.load(config.model.tokenizer or config.model.name)
     envs = {env.label: registry.build(env) for env in config.orchestrator.env}
     scheduler = build_scheduler(run, envs)
     slots = config.inference.slots if config.inference is not None else _SLOTS_UNKNOWN
     concurrency = 2 * slots
-    async with Client(base_url, config.orchestrator.client, concurrency=concurrency) as client:
+    heartbeat.follow_loop()
+    async with Client(base_url, client_config, concurrency=concurrency) as client:
         orchestrator = Orchestrator(run, client, chat, envs, scheduler, concurrency)
         work = asyncio.create_task(orchestrator.run())
         for number in (signal.SIGTERM, signal.SIGINT):

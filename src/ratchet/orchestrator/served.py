@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from ratchet import weights
 from ratchet.log import LOGGER
 from ratchet.orchestrator.client import Client, PauseMode, Span
 from ratchet.paths import RunPaths
@@ -58,7 +59,14 @@ class Served:
             if self.generation != generation or self._policy is None:
                 return
             LOGGER.warning("the server answered with other weights: it is given policy %d again", self.step)
-            await self._client.adopt(str(self._policy), self._directory(self._policy), self._mode)
+            # Where a replay is not bitwise, a trainer that was restarted has published this step under another digest.
+            held = self._policy
+            there = (
+                weights.read_policy(self._paths, held.step, run_id=held.run_id, lineage=held.lineage) or held
+            )
+            self._steps[str(there)] = there.step
+            await self._client.adopt(str(there), self._directory(there), self._mode)
+            self._policy = there
             self.generation += 1
             self.reconciled += 1
 

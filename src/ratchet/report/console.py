@@ -5,6 +5,7 @@ It follows the metric files, so it needs nothing from the programs and cannot di
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,7 +100,11 @@ class Console:
         else:
             self.say(line)
 
-    def summarize(self) -> None:
+    def follow_again(self, role: str) -> None:
+        """A metric file was cut back: what is appended to it from now on is shown."""
+        self._followers[role] = Follower(self._paths.metric(role))
+
+    def summarize(self, restarts: Mapping[str, int]) -> None:
         """The closing summary: the curve, first and last figures, where everything lies."""
         trainer = metrics.read(self._paths.metric("trainer"))
         if not trainer:
@@ -115,6 +120,8 @@ class Console:
             f"{last['step']} steps, {last.get('progress/total_samples', 0):,} samples, "
             f"{last.get('progress/total_tokens', 0):,} tokens"
         )
+        if restarts:
+            lines.append("restarts: " + ", ".join(f"{role} {count}" for role, count in restarts.items()))
         lines.append(f"model: {self._paths.weight(last['step'])}   everything: {self._paths.root}")
         self.say("\n".join(lines))
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ratchet import attempts, log, process
+from ratchet import attempts, heartbeat, log, process
 from ratchet.errors import EXIT_OK
 
 _asked: list[int] = []
@@ -22,11 +22,13 @@ def main() -> int:
         signal.signal(number, _on_signal)
     root, attempt, incarnation = sys.argv[1:4]
     rank = int(os.environ.get("RANK", "0"))
-    assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation), rank=rank)
+    assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation))
     log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
     from ratchet.trainer.loop import Trainer
     from ratchet.trainer.world import open_world, set_determinism
 
+    if rank == 0:
+        heartbeat.start(assignment.stage)
     set_determinism(assignment.config.trainer.threads)
     world = open_world(assignment.config.trainer.device)
     Trainer(assignment, world, lambda: bool(_asked)).run()

@@ -7,7 +7,7 @@ from ratchet import checkpoint, metrics
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
-from ratchet.errors import Stopped
+from ratchet.errors import Fenced, Stopped
 from ratchet.log import LOGGER
 from ratchet.models.build import build
 from ratchet.paths import RunPaths
@@ -51,13 +51,22 @@ class Trainer:
         return self._state.progress.step
 
     def run(self) -> None:
-        """Train until `max_steps`. Raises: Stopped at a step boundary, when asked to."""
+        """Train until `max_steps`. Raises: Stopped at a step boundary, when asked to; PoisonBatch; SaveFailed"""
+        try:
+            self._train()
+        except Fenced:
+            raise
+        except BaseException:
+            self._checkpointer.settle()
+            raise
+
+    def _train(self) -> None:
         if isinstance(self._config, RLConfig):
             self._publisher.publish(self._state.model, self._step)
         while self._step < self._config.max_steps:
             started = time.perf_counter()
             step = self._step
-            if not self._world.share(not self._is_stopping() and self._source.wait(step)):
+            if not self._world.share(self._world.is_first and self._may_go_on(step)):
                 self._stop()
             batch = self._source.read(step)
             waited = time.perf_counter()
@@ -70,6 +79,10 @@ class Trainer:
             if self._is_due():
                 self._save()
         self._checkpointer.close()
+
+    def _may_go_on(self, step: int) -> bool:
+        """Rank 0 decides for all, so that all stop at the same step."""
+        return not self._is_stopping() and self._source.wait(step)
 
     def _factor(self, step: int) -> float:
         return schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
@@ -113,6 +126,7 @@ class Trainer:
             self._config.ckpt,
             published=step,
             oldest_served=self._oldest_served if is_rl else step,
+            saving=self._checkpointer.saving,
             async_level=self._config.max_async_level if isinstance(self._config, RLConfig) else 0,
         )
 

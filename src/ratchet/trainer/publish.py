@@ -10,15 +10,20 @@ from ratchet.models import build
 from ratchet.trainer.world import World
 
 
-def full_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every parameter and saved buffer, whole and on the CPU. All ranks call it; tied ones appear once."""
+def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """Every parameter and saved buffer, whole and on the CPU; tied ones appear once.
+
+    All ranks call it, because shards are gathered; those that do not keep the result copy nothing to the host.
+    """
     own = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(own)
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()
-        for name, value in state.items()
-    }
+    whole: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if is_kept:
+            whole[name] = tensor.detach().cpu()
+    return whole
 
 
 class Publisher:
@@ -30,7 +35,7 @@ class Publisher:
         self._was_said = False
 
     def publish(self, model: PreTrainedModel, step: int) -> None:
-        tensors = full_tensors(model)
+        tensors = full_tensors(model, is_kept=self._world.is_first)
         if not self._world.is_first:
             return
         stage, attempt = self._assignment.stage, self._assignment.attempt
@@ -49,6 +54,8 @@ class Publisher:
         if there is not None and weights.digest(there) == digest:
             return
         aside = paths.superseded / f"{self._assignment.attempt:03d}" / "weights" / target.name
+        if aside.exists():  # by an incarnation of this attempt before this one
+            aside = paths.superseded / self._assignment.stage.token / "weights" / target.name
         aside.parent.mkdir(parents=True, exist_ok=True)
         self._assignment.stage.move(target, aside)
         if not self._was_said:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ratchet import hub
+from ratchet import durable, hub
 from ratchet.chat import Chat, Message
 from ratchet.config import DataConfig
 from ratchet.errors import Refusal
@@ -19,26 +19,28 @@ from ratchet.trainer.source import Batch
 Row = dict[str, Any]
 
 
-def check_data(data: DataConfig, chat: Chat) -> None:
-    """Raises: Refusal naming file and line if any local row is malformed. Hub data is checked when it is read."""
-    if not Path(data.name).exists() and not hub.is_local(data.name):
-        return
+def check_data(data: DataConfig, chat: Chat) -> str:
+    """Load the data, from the hub too; returns a fingerprint of it.
+
+    Raises: Refusal naming file and line if any local row is malformed.
+    """
     rows = load_rows(data)
     ids, mask = chat.render_training(messages_of(rows[0], f"{data.name}, row 1"))
     if not any(mask[1:]):
         raise Refusal(
             f"{data.name}, row 1 has no token to learn from ({len(ids)} tokens, none of the assistant's)."
         )
+    return durable.hash_file(Path(data.name)) if Path(data.name).is_file() else str(len(rows))
 
 
 def load_rows(data: DataConfig) -> Sequence[Row]:
     """All rows, each checked. Raises: Refusal with file and line."""
     path = Path(data.name)
-    if path.suffix == ".jsonl" and (path.exists() or hub.is_local(data.name)):
+    if path.suffix == ".jsonl":
         rows: Sequence[Row] = list(_read_jsonl(path))
-    elif path.suffix == ".parquet" and (path.exists() or hub.is_local(data.name)):
+    elif path.suffix == ".parquet":
         rows = _read_parquet(path)
-    elif path.exists() or hub.is_local(data.name):
+    elif hub.is_local(data.name):
         raise Refusal(f"{path} is not a .jsonl or .parquet file or a hub name: check data.name.")
     else:
         return _read_hub(data)

@@ -70,6 +70,8 @@ class Checkpointer:
         self._world = world
         self._on_commit = on_commit
         self._thread: threading.Thread | None = None
+        self.saving: int | None = None
+        """The step of a save in flight."""
         self._error: BaseException | None = None
         self._failures = 0
         self._stager: DefaultStager | None = None
@@ -98,12 +100,11 @@ class Checkpointer:
         step = state.progress.step
         if self._world.share(checkpoint.is_committed(self._assignment.paths, step)):
             return
-        try:
-            directory, meta = self._begin(state)
-        except OSError as error:
-            self._error = error
+        directory, meta = self._begin(state)
+        if directory is None:
             self.poll()
             return
+        self.saving = step
         if not self._config.ckpt.save_async:
             self._run(step, directory, meta, state.tensors())
             self.poll()
@@ -133,6 +134,11 @@ class Checkpointer:
         if self._failures >= self._config.ckpt.max_failed_saves:
             raise SaveFailed(f"{said}; make room, then run the same command again.") from error
         LOGGER.error("%s; the next interval tries again.", said)
+
+    def settle(self) -> None:
+        """Let the save in flight end, before a crash that has nothing to do with it ends the process."""
+        if self._thread is not None:
+            self._thread.join()
 
     def close(self) -> None:
         """Wait for the save in flight. Raises: SaveFailed if the last save failed: nothing comes after it."""
@@ -164,21 +170,30 @@ class Checkpointer:
         assert isinstance(staged, dict)
         return staged
 
-    def _begin(self, state: TrainerState) -> tuple[Path, dict[str, Any]]:
-        """Write the small files and take the marks that belong to this step, before anything moves on."""
-        step, stage = state.progress.step, self._assignment.stage
-        directory, meta = Path(), {}
+    def _begin(self, state: TrainerState) -> tuple[Path | None, dict[str, Any]]:
+        """Write the small files and take the marks that belong to this step, before anything moves on.
+
+        All ranks get the directory, or None if rank 0 could not write there.
+        """
+        directory, meta = None, {}
         if self._world.is_first:
-            directory = checkpoint.begin(stage, step)
-            folder = directory / checkpoint.TRAINER
-            record = schedule.record(self._config.trainer, self._config.max_steps, step)
-            (folder / PROGRESS).write_bytes(msgspec.json.encode(state.progress))
-            (folder / SCHEDULER).write_bytes(msgspec.json.encode(record))
-            (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
-            rows = self._assignment.paths.metric("trainer")
-            durable.fsync_path(rows)
-            meta = {"metrics": metrics.mark(rows), "schema": state.schema()}
+            try:
+                directory, meta = self._write_small(state)
+            except OSError as error:
+                self._error = error
         return self._world.share(directory), meta
+
+    def _write_small(self, state: TrainerState) -> tuple[Path, dict[str, Any]]:
+        step = state.progress.step
+        directory = checkpoint.begin(self._assignment.stage, step)
+        folder = directory / checkpoint.TRAINER
+        record = schedule.record(self._config.trainer, self._config.max_steps, step)
+        (folder / PROGRESS).write_bytes(msgspec.json.encode(state.progress))
+        (folder / SCHEDULER).write_bytes(msgspec.json.encode(record))
+        (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
+        rows = self._assignment.paths.metric("trainer")
+        durable.fsync_path(rows)
+        return directory, {"metrics": metrics.mark(rows), "schema": state.schema()}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         try:
@@ -188,6 +203,7 @@ class Checkpointer:
             self._error = error
             if self._world.is_first:
                 shutil.rmtree(directory, ignore_errors=True)  # it may be what fills the disk
+        self.saving = None
 
     def _write(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         folder = directory / checkpoint.TRAINER

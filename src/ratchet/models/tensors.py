@@ -1,0 +1,103 @@
+"""The tensors of a checkpoint without a trainer: read by name, compared, exported."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from ratchet import checkpoint
+from ratchet.config import ModelConfig
+from ratchet.models import build
+
+_MODEL = "model."
+_GROUP_BYTES = 1 << 30
+
+
+class TensorDifference(msgspec.Struct, frozen=True):
+    """One tensor that is not the same. `max_abs` is None where the two cannot be compared element by element."""
+
+    name: str
+    what: str
+    max_abs: float | None = None
+    elements: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def schema(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """Name, dtype and global shape of every tensor of a checkpoint. DCP's index is a pickle: verify it before."""
+    found = FileSystemReader(directory / checkpoint.TRAINER).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read(directory: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str, torch.Tensor]:
+    """Some tensors of a checkpoint, whole and on the CPU, whatever number of ranks wrote it."""
+    tensors = {n: torch.empty(tuple(e.size), dtype=e.properties.dtype) for n, e in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=FileSystemReader(directory / checkpoint.TRAINER), no_dist=True)
+    return tensors
+
+
+def export(directory: Path, target: Path, model: ModelConfig, *, dtype: str) -> int:
+    """Write the model of a checkpoint as a Hugging Face directory; returns the number of tensors."""
+    wanted = {name: entry for name, entry in schema(directory).items() if name.startswith(_MODEL)}
+    kind: torch.dtype = getattr(torch, dtype)
+    tensors = {
+        name.removeprefix(_MODEL): tensor.to(kind) if tensor.is_floating_point() else tensor
+        for name, tensor in read(directory, wanted).items()
+    }
+    build.save(target, tensors, model)
+    return len(tensors)
+
+
+def differences(a: Path, b: Path) -> list[TensorDifference]:
+    """The tensors that are not the same bit for bit, those that differ most first."""
+    first, second = schema(a), schema(b)
+    found = []
+    for name in sorted({*first, *second}):
+        here, there = first.get(name), second.get(name)
+        if here is None or there is None:
+            found.append(TensorDifference(name, f"only in {a if there is None else b}"))
+        elif (here.size, here.properties.dtype) != (there.size, there.properties.dtype):
+            found.append(TensorDifference(name, f"{_kind(here)} | {_kind(there)}"))
+    shared = {n: e for n, e in first.items() if n in second and n not in {f.name for f in found}}
+    for group in _groups(shared):
+        left, right = read(a, group), read(b, group)
+        for name in group:
+            if (difference := _difference(name, left[name], right[name])) is not None:
+                found.append(difference)
+    return sorted(found, key=lambda d: (-(d.max_abs if d.max_abs is not None else float("inf")), d.name))
+
+
+def _kind(entry: TensorStorageMetadata) -> str:
+    return f"{str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}"
+
+
+def _groups(wanted: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, TensorStorageMetadata]]:
+    """Parts of about a gigabyte, so that two checkpoints never have to fit into memory."""
+    group: dict[str, TensorStorageMetadata] = {}
+    size_bytes = 0
+    for name, entry in wanted.items():
+        group[name] = entry
+        size_bytes += entry.size.numel() * entry.properties.dtype.itemsize
+        if size_bytes >= _GROUP_BYTES:
+            yield group
+            group, size_bytes = {}, 0
+    if group:
+        yield group
+
+
+def _difference(name: str, a: torch.Tensor, b: torch.Tensor) -> TensorDifference | None:
+    if torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)):
+        return None
+    gap = (a.double() - b.double()).abs()
+    elements = int((a != b).sum())
+    max_abs = float(gap.max())
+    return TensorDifference(name, f"max |a - b| {max_abs:.3e}, {elements} of {a.numel()}", max_abs, elements)
