@@ -77,7 +77,6 @@ MODES = {
     ),
     "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*WORKERS, "launcher"), repeats=True),
 }
-KILLS_OF_A_RUN = 6
 
 
 class Campaign:
@@ -222,12 +221,13 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--root", type=Path, default=Path("outputs/campaign"))
+    parser.add_argument("--kills-per-run", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     campaign = Campaign(arguments.root.resolve(), arguments.seed)
     assert (BIN / "rl").exists(), "run it with `uv run python`"
     while campaign.kills < arguments.kills:
-        campaign.scenario(min(KILLS_OF_A_RUN, arguments.kills - campaign.kills))
+        campaign.scenario(min(arguments.kills_per_run, arguments.kills - campaign.kills))
         sys.stdout.write(f"{campaign.kills} kills, {len(campaign.notes)} problems\n")
         sys.stdout.flush()
     sys.stdout.write(report(campaign) + "\n")

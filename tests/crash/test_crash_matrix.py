@@ -135,8 +135,8 @@ def test_a_damaged_journal_is_refused_before_the_start_and_can_be_moved_aside(tm
 @pytest.mark.parametrize("point", sorted(POINTS))
 def test_killed_again_while_resuming_the_run_ends_the_same(tmp_path, reference, point):
     root = tmp_path / "run"
-    run(root, *FLAGS, crash_at="batch.committed:5")
-    run(root, *FLAGS, crash_at=f"{point}:1")
+    assert run(root, *FLAGS, crash_at="batch.committed:5").returncode == -signal.SIGKILL
+    assert run(root, *FLAGS, crash_at=f"{point}:1").returncode == -signal.SIGKILL
     finish(root, *FLAGS)
     assert digest.parts(root) == reference
 
@@ -182,8 +182,8 @@ def test_an_extended_run_equals_a_long_one(tmp_path):
 
 def test_without_checkpoints_an_interrupted_run_starts_again_aloud(tmp_path):
     root, whole = tmp_path / "run", tmp_path / "whole"
-    run(root, crash_at="weights.committed:4")
-    finish(root)
+    assert run(root, crash_at="weights.committed:4").returncode == -signal.SIGKILL
+    assert "starting again at step 0" in finish(root)
     finish(whole)
     assert digest.parts(root)["metrics/trainer"] == digest.parts(whole)["metrics/trainer"]
 

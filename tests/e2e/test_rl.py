@@ -328,3 +328,60 @@ def test_the_row_of_a_batch_is_born_inside_it(finished):
     paths = RunPaths(finished)
     kept = [batchlog.read_metrics(paths.batch(k)) for k in range(4)]
     assert kept == metrics.read(paths.metric("orchestrator"))
+
+
+def test_a_damaged_batch_before_a_sound_checkpoint_does_no_harm(finished, tmp_path):
+    """The checkpoint has its own copy of the orchestrator's state."""
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    victim = root / "batches" / "step_3" / batchlog.SAMPLES
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    more = ("--max-steps", "6", "--ckpt.interval", "2", "--ckpt.resume-step", "4")
+    run("rl", *ALONE, "--output-dir", root, *more)
+    assert [row["step"] for row in rows(root)] == list(range(1, 7))
+
+
+def test_a_damaged_batch_behind_the_checkpoint_begins_another_future(finished, tmp_path):
+    """Nothing of the abandoned one is believed: its batches, policies and evaluations are moved aside."""
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    shutil.rmtree(root / "checkpoints" / "step_4")
+    victim = root / "batches" / "step_2" / batchlog.SAMPLES
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    said = run(
+        "rl",
+        *ALONE,
+        "--output-dir",
+        root,
+        "--max-steps",
+        "4",
+        "--ckpt.interval",
+        "2",
+        "--ckpt.resume-step",
+        "-1",
+    )
+    assert "generated again" in said
+    assert (root / "superseded" / "002" / "weights" / "step_4").exists()
+    for step in (2, 3):
+        samples, manifest = batchlog.read(RunPaths(root), step)
+        assert manifest.attempt == 2
+        assert max(span.step for s in samples for span in s.versions) <= step
+    assert "0 skipped" in run("ckpt", "audit", root)
+
+
+def test_the_programs_alone_play_the_last_evaluation_too(server, tmp_path):
+    """`trainer` opens the attempt, `orchestrator` joins it, and goes on after the trainer has ended."""
+    base = (*SPLIT, *SMALL, "--output-dir", tmp_path / "run", "--max-steps", "3", "--ckpt")
+    orchestrator = start("orchestrator", *base, "--orchestrator.client.base-url", server)
+    run("trainer", *base, "--orchestrator.client.base-url", server)
+    said, _ = orchestrator.communicate(timeout=60)
+    assert orchestrator.returncode == 0, said
+    assert list(committed(tmp_path / "run" / "evals")) == [0, 3]
+
+
+def test_a_stored_policy_that_must_sample_and_is_gone_is_named(tmp_path):
+    command = (*ALONE, "--deterministic", "--output-dir", tmp_path, "--launch.max-restarts", "0")
+    run("rl", *command, "--max-steps", "4", "--ckpt.interval", "2")
+    shutil.rmtree(tmp_path / "weights" / "step_1")
+    said = run("rl", *command, "--max-steps", "4", "--ckpt.interval", "2", "--ckpt.resume-step", "2", code=1)
+    assert "Policy 1, which alone may sample batch 2, is gone" in said

@@ -70,11 +70,12 @@ def test_imports_go_downward_only(path):
 def test_only_files_that_need_torch_name_it(path):
     if part(path) in WITH_TORCH:
         return
-    names = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
     assert not {n for n in names if n.split(".")[0] in ("torch", "transformers")}
 
 

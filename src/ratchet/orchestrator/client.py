@@ -20,6 +20,7 @@ PauseMode = Literal["keep", "wait"]
 T = TypeVar("T")
 
 CONFLICT = 409
+DAMAGED = 400
 _UPDATE = "/update_weights"
 _HEALTH_POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 5.0
@@ -205,6 +206,9 @@ class Client:
             try:
                 await self._adopt(version, path, mode)
             except Answered as error:
+                if error.status == DAMAGED and error.path == _UPDATE:
+                    # Also what a directory answers that is being replaced while the server reads it.
+                    raise Torn(str(error)) from None
                 if error.status != CONFLICT:
                     raise
                 if error.path == _UPDATE:

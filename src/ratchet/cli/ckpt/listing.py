@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ratchet import attempts, audit, checkpoint, digest, durable, ledger
+from ratchet import attempts, audit, checkpoint, digest, durable, journal, ledger
 from ratchet.cli.ckpt.output import check_step, megabytes, say
 from ratchet.errors import EXIT_OK, EXIT_REFUSED, Damaged
 from ratchet.paths import RunPaths, step_name
@@ -163,7 +163,16 @@ def verify(arguments: argparse.Namespace) -> int:
                 durable.verify(root / step_name(step))
             except Damaged as error:
                 problems.append(str(error))
-    lines = [*problems, f"{checked} directories read, {len(problems)} damaged"]
+    for number in attempts.numbers(paths):
+        checked += 1
+        try:
+            attempts.read_config(paths, attempts.read(paths, number))
+        except Damaged as error:
+            problems.append(str(error))
+    segments = journal.segments(paths)
+    problems += journal.damaged(paths).values()
+    what = f"{checked} directories and {len(segments)} journal segments read"
+    lines = [*problems, f"{what}, {len(problems)} damaged"]
     say({"checked": checked, "problems": problems}, lines, as_json=arguments.json)
     return EXIT_REFUSED if problems else EXIT_OK
 
