@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ratchet import config as configs
+from ratchet import config_io
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage, hash_bytes
 from ratchet.errors import Damaged, Refusal
@@ -166,7 +166,7 @@ def read_config(paths: RunPaths, record: Record) -> Any:
     found = hash_bytes(path.read_bytes()) if path.exists() else "nothing"
     if found != record.config_xxh3:
         raise Damaged(f"{path} is damaged: expected xxh3 {record.config_xxh3}, found {found}.{_remedy(path)}")
-    return configs.from_toml(KINDS[record.kind], path)
+    return config_io.from_toml(KINDS[record.kind], path)
 
 
 class Lock:

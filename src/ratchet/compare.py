@@ -5,8 +5,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet import attempts, audit, checkpoint, durable, ledger, metrics
-from ratchet import config as configs
+from ratchet import attempts, audit, checkpoint, config_io, durable, ledger, metrics
 from ratchet.attempts import Plan
 from ratchet.paths import RunPaths
 
@@ -35,7 +34,7 @@ def settings(a: RunPaths, b: RunPaths) -> list[Difference]:
     first, second = attempts.newest(a), attempts.newest(b)
     if first is None or second is None or first.kind != second.kind:
         return [Difference("kind", first and first.kind, second and second.kind)]
-    found = configs.changes(attempts.read_config(a, first), attempts.read_config(b, second))
+    found = config_io.changes(attempts.read_config(a, first), attempts.read_config(b, second))
     return [Difference(c.key, c.old, c.new, c.mark.value) for c in found if c.key not in _IGNORED]
 
 

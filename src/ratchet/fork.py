@@ -9,8 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, durable, ledger, metrics
-from ratchet import config as configs
+from ratchet import attempts, config_io, durable, ledger, metrics
 from ratchet.attempts import ForkedFrom, Outcome, Plan, Record
 from ratchet.config import RLConfig, RunConfig
 from ratchet.durable import Stage
@@ -81,7 +80,7 @@ def _record(source: RunPaths, paths: RunPaths, step: int, last: Record, config: 
     """The first attempt of the new run: one that stopped at `step`."""
     directory = paths.attempt(1)
     directory.mkdir(parents=True)
-    data = configs.to_toml(config)
+    data = config_io.to_toml(config)
     (directory / "run.toml").write_bytes(data)
     paths.run_file.write_bytes(data)
     is_rl = isinstance(config, RLConfig)

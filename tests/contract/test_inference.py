@@ -23,7 +23,7 @@ from inference_server import (
     values,
 )
 
-from ratchet import attempts, config, durable, rng
+from ratchet import attempts, config_io, durable, rng
 from ratchet.attempts import Plan, Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
@@ -459,7 +459,7 @@ def open_attempt(root, model):
             "inference": settings,
         }
     )
-    resolved = config.to_toml(rl)
+    resolved = config_io.to_toml(rl)
     (paths.attempt(1) / "run.toml").write_bytes(resolved)
     stage = Stage.open(paths, "001.launcher.0")
     record = Record(

@@ -12,7 +12,8 @@ import msgspec
 
 from ratchet import batchlog, checkpoint, durable, ledger, metrics, process, weights
 from ratchet.attempts import Plan
-from ratchet.config import RLConfig, load
+from ratchet.config import RLConfig
+from ratchet.config_io import load
 from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.launch.opening import open_attempt
 from ratchet.records import Sample

@@ -14,7 +14,8 @@ import pytest
 from programs import environment, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, durable, metrics, resume
 from ratchet.attempts import token
-from ratchet.config import SFTConfig, load
+from ratchet.config import SFTConfig
+from ratchet.config_io import load
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_FENCED
 from ratchet.launch.opening import open_attempt

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ratchet import config
+from ratchet import config_io
 from ratchet.config import OnResume, RLConfig, SFTConfig
 from ratchet.errors import Refusal
 
@@ -38,28 +38,28 @@ def split(files, *more):
 
 
 def test_root_facts_in_the_split_files_are_hoisted(files):
-    loaded = config.load(RLConfig, split(files))
+    loaded = config_io.load(RLConfig, split(files))
     assert (loaded.max_steps, loaded.model.name, loaded.trainer.micro_batch_tokens) == (20, "m", 100)
     assert loaded.orchestrator.groups_per_batch == 2
 
 
 def test_the_command_line_overrides_both_files(files):
-    assert config.load(RLConfig, split(files, "--max-steps", "10")).max_steps == 10
+    assert config_io.load(RLConfig, split(files, "--max-steps", "10")).max_steps == 10
 
 
 def test_two_values_for_one_fact_are_refused(files):
     (files / "orch.toml").write_text(ORCH.replace("20", "30"))
     with pytest.raises(Refusal, match=r"max_steps is 20 in .*train.toml and 30 in .*orch.toml"):
-        config.load(RLConfig, split(files))
+        config_io.load(RLConfig, split(files))
 
 
 def test_bare_ckpt_and_any_ckpt_flag_turn_checkpoints_on(files):
-    assert config.load(RLConfig, split(files)).ckpt is None
-    bare = config.load(RLConfig, split(files, "--ckpt")).ckpt
+    assert config_io.load(RLConfig, split(files)).ckpt is None
+    bare = config_io.load(RLConfig, split(files, "--ckpt")).ckpt
     assert bare is not None
     assert (bare.interval, bare.resume_step) == (None, None)
     flags = ("--ckpt.interval", "2", "--ckpt.save-async", "--ckpt.keep-last", "3", "--ckpt.resume-step", "-1")
-    full = config.load(RLConfig, split(files, *flags)).ckpt
+    full = config_io.load(RLConfig, split(files, *flags)).ckpt
     assert full is not None
     assert (full.interval, full.save_async, full.keep_last, full.resume_step) == (2, True, 3, -1)
 
@@ -80,20 +80,22 @@ def test_bare_ckpt_and_any_ckpt_flag_turn_checkpoints_on(files):
 )
 def test_a_mistake_is_one_sentence(files, flags, sentence):
     with pytest.raises(Refusal, match=sentence) as caught:
-        config.load(RLConfig, split(files, *flags))
+        config_io.load(RLConfig, split(files, *flags))
     assert "\n" not in str(caught.value)
 
 
 def test_toml_and_back_is_the_same_configuration(files, tmp_path):
-    loaded = config.load(RLConfig, split(files, "--ckpt.keep-last", "2"))
-    (tmp_path / "run.toml").write_bytes(config.to_toml(loaded))
-    assert config.from_toml(RLConfig, tmp_path / "run.toml") == loaded
+    loaded = config_io.load(RLConfig, split(files, "--ckpt.keep-last", "2"))
+    (tmp_path / "run.toml").write_bytes(config_io.to_toml(loaded))
+    assert config_io.from_toml(RLConfig, tmp_path / "run.toml") == loaded
 
 
 def test_changes_are_told_with_their_mark(files):
-    old = config.load(RLConfig, split(files))
-    new = config.load(RLConfig, split(files, "--max-steps", "40", "--trainer.optim.lr", "0.5", "--seed", "3"))
-    found = {change.key: (change.old, change.new, change.mark) for change in config.changes(old, new)}
+    old = config_io.load(RLConfig, split(files))
+    new = config_io.load(
+        RLConfig, split(files, "--max-steps", "40", "--trainer.optim.lr", "0.5", "--seed", "3")
+    )
+    found = {change.key: (change.old, change.new, change.mark) for change in config_io.changes(old, new)}
     assert found == {
         "max_steps": (20, 40, OnResume.FREE),
         "trainer.optim.lr": (0.001, 0.5, OnResume.ANNOUNCED),
@@ -102,11 +104,11 @@ def test_changes_are_told_with_their_mark(files):
 
 
 def test_the_async_level_is_fixed_in_deterministic_mode(files):
-    old = config.load(RLConfig, split(files, "--deterministic"))
-    new = config.load(RLConfig, split(files, "--deterministic", "--max-async-level", "3"))
-    assert [change.mark for change in config.changes(old, new)] == [OnResume.FIXED]
+    old = config_io.load(RLConfig, split(files, "--deterministic"))
+    new = config_io.load(RLConfig, split(files, "--deterministic", "--max-async-level", "3"))
+    assert [change.mark for change in config_io.changes(old, new)] == [OnResume.FIXED]
 
 
 def test_every_leaf_has_a_mark():
     for cls in (RLConfig, SFTConfig):
-        assert all(isinstance(mark, OnResume) for mark in config.marks(cls).values())
+        assert all(isinstance(mark, OnResume) for mark in config_io.marks(cls).values())

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from ratchet import log, process
-from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig, load
+from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
+from ratchet.config_io import load
 from ratchet.errors import Refusal
 from ratchet.launch.join import join_orchestrator
 from ratchet.launch.opening import Fingerprints

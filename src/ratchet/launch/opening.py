@@ -13,8 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, durable, metrics, resume
-from ratchet import config as configs
+from ratchet import attempts, config_io, durable, metrics, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage
@@ -116,7 +115,7 @@ def decide(
         if last.kind != kind:
             raise Refusal(f"{paths.root} holds a run of `{last.kind}`: give this one another --output-dir.")
         old = attempts.read_config(paths, last)
-        is_same = configs.dump(old) == configs.dump(config)
+        is_same = config_io.dump(old) == config_io.dump(config)
         announced = _check_changes(old, config)
     ckpt = config.ckpt
     request = resume.Request(
@@ -162,7 +161,7 @@ def _check_fingerprints(old: Fingerprints, new: Fingerprints) -> Fingerprints:
 
 def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
     """What is said aloud about a changed configuration. Raises: Refusal for a fixed key."""
-    found = configs.changes(old, new)
+    found = config_io.changes(old, new)
     fixed = [str(change) for change in found if change.mark is OnResume.FIXED]
     if fixed and new.ckpt is not None and new.ckpt.resume_step is not None:
         raise Refusal(
@@ -203,7 +202,7 @@ def _begin(
             if environment.get(name) != old
         )
     paths.attempt(number).mkdir(parents=True, exist_ok=True)
-    resolved = configs.to_toml(config)
+    resolved = config_io.to_toml(config)
     stage.replace(paths.attempt(number) / "run.toml", resolved)
     lineage = last.lineage if last else 0
     record = Record(
