@@ -74,5 +74,11 @@ def read_state(directory: Path) -> bytes:
     return (directory / STATE).read_bytes()
 
 
+def oldest_served(paths: RunPaths, step: int) -> int:
+    """The oldest policy that a server may hold, as batch `step` knew it; 0 where that batch is gone."""
+    manifest = durable.read_committed(paths.batch(step))
+    return 0 if manifest is None else manifest.meta["oldest_served"]
+
+
 def read_metrics(directory: Path) -> dict[str, Any]:
     return msgspec.json.decode((directory / METRICS).read_bytes())

@@ -23,7 +23,7 @@ FLAGS = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
 KINDS = ("batch", "weights", "checkpoint")
 COMMIT = ("before_manifest", "before_rename", "after_rename", "committed")
 POINTS = {
-    **{f"{kind}.{place}": (1, 3) for kind in KINDS for place in COMMIT},
+    **{f"{kind}.{place}": (1, 3, 4) for kind in KINDS for place in COMMIT},
     "remove.after_rename": (1, 2, 5),
     "replace.record.json.before_rename": (1, 2, 3),
     "replace.run.toml.before_rename": (1, 2),

@@ -96,7 +96,12 @@ def save(stage, step, state, config, attempt):
     checkpoint.commit(
         stage, directory, step=step, attempt=attempt, world_size=1, entries=entries, meta=meta, versions={}
     )
-    checkpoint.retain(stage, config.ckpt)
+    retain(stage, step, config)
+
+
+def retain(stage, step, config):
+    if config.ckpt is not None:
+        checkpoint.retain(stage, config.ckpt)
     prune(stage, step, config)
 
 
@@ -163,6 +168,7 @@ def main():
         prune(stage, step, config)
         if config.ckpt is not None and config.ckpt.is_due(step, config.max_steps):
             save(stage, step, state, config, attempt)
+    retain(stage, step, config)
     opened.close(0, "complete")
     return 0
 

@@ -127,18 +127,12 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
 
 
 def test_keep_last_keeps_the_newest_and_their_weights(tmp_path):
-    run(
-        "sft",
-        *SMALL,
-        "--output-dir",
-        tmp_path,
-        "--ckpt.interval",
-        "1",
-        "--ckpt.keep-last",
-        "2",
-        "--ckpt.keep-interval",
-        "3",
-    )
+    """Also where the trainer dies between the last commit and the deletions that follow it."""
+    rules = ("--ckpt.interval", "1", "--ckpt.keep-last", "2", "--ckpt.keep-interval", "3")
+    command = (*SMALL, *rules, "--launch.max-restarts", "0", "--output-dir", tmp_path)
+    run("sft", *command, code=1, RATCHET_CRASH_AT="checkpoint.committed:6")
+    assert list(durable.committed(tmp_path / "checkpoints")) == [3, 4, 5, 6]
+    run("sft", *command)
     assert list(durable.committed(tmp_path / "checkpoints")) == [3, 5, 6]
     assert list(durable.committed(tmp_path / "weights")) == [3, 5, 6]
 

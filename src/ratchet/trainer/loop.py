@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from ratchet import checkpoint, metrics
+from ratchet import batchlog, checkpoint, metrics
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
@@ -39,8 +39,8 @@ class Trainer:
         model = build(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress())
-        self._checkpointer = Checkpointer(assignment, world, on_commit=self._prune)
-        self._oldest_served = 0
+        self._checkpointer = Checkpointer(assignment, world, on_commit=self._retain)
+        self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world)
         self._source = open_source(self._config, assignment.paths, is_stopping)
         if assignment.plan.from_checkpoint:
@@ -79,6 +79,8 @@ class Trainer:
             if self._is_due():
                 self._save()
         self._checkpointer.close()
+        # A trainer that died between its last commit and the retention left this to the next one.
+        self._retain(self._step)
 
     def _may_go_on(self, step: int) -> bool:
         """Rank 0 decides for all, so that all stop at the same step."""
@@ -117,6 +119,17 @@ class Trainer:
         started = time.perf_counter()
         self._checkpointer.save(self._state)
         LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
+
+    def _retain(self, step: int) -> None:
+        """Let go of the checkpoints that no rule keeps, then of what only they needed. Repeating it changes nothing.
+
+        Raises: Damaged if the newest checkpoint does not verify.
+        """
+        if not self._world.is_first:
+            return
+        if self._config.ckpt is not None:
+            checkpoint.retain(self._assignment.stage, self._config.ckpt)
+        self._prune(step)
 
     def _prune(self, step: int) -> None:
         """Drop what nobody can need once policy or checkpoint `step` is there. SFT has no server to wait for."""

@@ -230,8 +230,6 @@ class Checkpointer:
             meta=meta,
             versions=attempts.environment(),
         )
-        assert self._config.ckpt is not None
-        checkpoint.retain(stage, self._config.ckpt)
         self._on_commit(step)
 
     def _own_files(self, directory: Path) -> list[str]:
