@@ -119,6 +119,8 @@ class TrainerConfig(BaseConfig):
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
     """bf16 runs matrix products under autocast; weights, gradients and optimizer stay in fp32."""
     activation_checkpointing: Announced[bool] = False
+    nproc: Announced[Positive] = 1
+    """Trainer processes on this machine, over which the model is sharded; a GPU each, where there are GPUs."""
     threads: Announced[Positive] = 1
     """CPU threads of each trainer process; part of what makes results repeatable."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"

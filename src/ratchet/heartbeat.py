@@ -30,8 +30,8 @@ _current: "Heartbeat | None" = None
 class Heartbeat:
     """The heartbeat of one process."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._path = stage.directory / NAME
+    def __init__(self, stage: Stage, rank: int = 0) -> None:
+        self._path = _path(stage.directory, rank)
         self._token = stage.token
         self._ticked_at: float | None = None
 
@@ -73,10 +73,14 @@ class Heartbeat:
             LOGGER.warning("no sign of life could be given: %s", error)
 
 
-def start(stage: Stage) -> None:
-    """Begin to give signs of life. Raises: Fenced"""
+def _path(directory: Path, rank: int) -> Path:
+    return directory / (f"{NAME}.{rank}" if rank else NAME)
+
+
+def start(stage: Stage, rank: int = 0) -> None:
+    """Begin to give signs of life, as one of the processes that share a workshop. Raises: Fenced"""
     global _current
-    _current = Heartbeat(stage)
+    _current = Heartbeat(stage, rank)
     _current.start()
 
 
@@ -91,9 +95,9 @@ def is_fenced() -> bool:
     return _current is not None and _current.is_fenced
 
 
-def last_beat(directory: Path) -> int | None:
-    """The time stamp of the newest sign of life of the process that works in `directory`; None before the first."""
+def last_beat(directory: Path, rank: int = 0) -> int | None:
+    """The time stamp of the newest sign of life of a process that works in `directory`; None before the first."""
     try:
-        return (directory / NAME).stat().st_mtime_ns
+        return _path(directory, rank).stat().st_mtime_ns
     except FileNotFoundError:
         return None

@@ -27,8 +27,8 @@ from ratchet import attempts, config_io, durable, rng
 from ratchet.attempts import Plan, Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
+from ratchet.launch.program import child_environment
 from ratchet.launch.run import listen
-from ratchet.launch.supervisor import child_environment
 from ratchet.paths import RunPaths
 
 ENDLESS = LONG - 3

@@ -2,19 +2,14 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcp import plain_dcp
 from programs import (
     ROOT,
-    environment,
     kill,
     last_step,
     processes_of,
@@ -28,16 +23,6 @@ from ratchet import durable
 
 EXAMPLE = ("@", "examples/reverse_text/sft.toml")
 SMALL = (*EXAMPLE, "--max-steps", "6", "--data.batch-size", "16")
-
-
-def plain_dcp(directory):
-    """Every tensor of a checkpoint, by plain DCP, without our code."""
-    reader = FileSystemReader(directory)
-    entries = reader.read_metadata().state_dict_metadata
-    assert all(isinstance(entry, TensorStorageMetadata) for entry in entries.values())
-    tensors = {name: torch.zeros(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -168,34 +153,6 @@ def test_a_poison_batch_stops_with_its_own_code_and_changes_nothing(tmp_path):
     said = run("sft", *SMALL, "--output-dir", tmp_path, "--trainer.optim.lr", "1e30", "--ckpt", code=65)
     assert "policy" in said
     assert not durable.committed(tmp_path / "checkpoints")
-
-
-def test_two_ranks_take_the_steps_of_one(tmp_path):
-    straight, root = tmp_path / "one", tmp_path / "two"
-    exact = ("--trainer.precision", "fp32", "--trainer.optim.type", "adamw", "--trainer.optim.lr", "1e-3")
-    run("sft", *SMALL, *exact, "--output-dir", straight, "--ckpt.interval", "2")
-    script = ROOT / "tests" / "e2e" / "two_ranks.py"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            script,
-            straight,
-            root,
-        ],
-        check=True,
-        cwd=ROOT,
-        env=environment(OMP_NUM_THREADS=1),
-    )
-    one = plain_dcp(straight / "checkpoints/step_6/trainer")
-    two = plain_dcp(root / "checkpoints/step_6/trainer")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_attempt_that_ended_before_its_first_step_binds_nothing(tmp_path):

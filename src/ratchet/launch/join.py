@@ -11,7 +11,7 @@ from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Damaged, Refusal
-from ratchet.launch.supervisor import child_environment
+from ratchet.launch.program import child_environment
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
 

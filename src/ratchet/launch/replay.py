@@ -1,20 +1,48 @@
-"""Train a run again from its batches, in a process with the thread counts of the run."""
+"""Train a run again from its batches, in as many processes and with the thread counts of the run."""
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from ratchet import attempts
+from ratchet.config import TrainerConfig
 from ratchet.errors import Refusal
-from ratchet.launch.supervisor import child_environment
+from ratchet.launch.program import RENDEZVOUS, child_environment, rank_environment
 from ratchet.paths import RunPaths
 
 
 def replay(root: Path) -> int:
-    """Raises: Refusal for a directory without a run."""
-    record = attempts.newest(RunPaths(root))
-    if record is None:
-        raise Refusal(f"{root} is not a run directory: it has no attempts/.")
-    threads = attempts.read_config(RunPaths(root), record).trainer.threads
+    """The exit code of rank 0. Raises: Refusal for a directory without a run, and where the ranks changed."""
+    trainer = _trainer_config(RunPaths(root))
     command = [sys.executable, "-m", "ratchet.trainer.replay", str(root)]
-    return subprocess.run(command, env=child_environment(threads), check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                command,
+                env=child_environment(trainer.threads)
+                | rank_environment(rank, trainer.nproc, Path(folder) / RENDEZVOUS),
+            )
+            for rank in range(trainer.nproc)
+        ]
+        try:
+            return ranks[0].wait()
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+
+
+def _trainer_config(paths: RunPaths) -> TrainerConfig:
+    """The one that every attempt agrees on, as far as processes go."""
+    records = [attempts.read(paths, number) for number in attempts.numbers(paths)]
+    if not records:
+        raise Refusal(f"{paths.root} is not a run directory: it has no attempts/.")
+    configs: list[TrainerConfig] = [attempts.read_config(paths, record).trainer for record in records]
+    ranks = sorted({config.nproc for config in configs})
+    if len(ranks) > 1:
+        raise Refusal(
+            f"{paths.root} cannot be replayed bit by bit: its attempts trained on {', '.join(map(str, ranks))} "
+            "processes (trainer.nproc)."
+        )
+    return configs[-1]

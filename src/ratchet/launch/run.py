@@ -64,7 +64,7 @@ def _start_children(
 ) -> None:
     """Start every role; `held` keeps the server's socket open, so that a restarted one has the same port."""
     if isinstance(config, SFTConfig | RLConfig):
-        supervisor.start("trainer", threads=config.trainer.threads)
+        supervisor.start("trainer", threads=config.trainer.threads, ranks=config.trainer.nproc)
     if not isinstance(config, RLConfig):
         return
     arguments = ("--base-url", config.orchestrator.client.base_url)

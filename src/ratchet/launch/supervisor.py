@@ -7,24 +7,19 @@ A replacement is a new incarnation of one role while the others go on, in this o
 its workshop away, kill what is left of it, plan and record, start. A role that fails too often stops all.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import msgspec
 
-from ratchet import attempts, durable, heartbeat, metrics, resume
+from ratchet import attempts, durable, metrics, resume
 from ratchet.attempts import Plan, Restart
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
 from ratchet.launch import restarts
 from ratchet.launch.opening import Attempt
-from ratchet.launch.restarts import Pulse
+from ratchet.launch.program import Program, Recipe
 from ratchet.report.console import Console
 
 POLL_S = 0.05
@@ -35,16 +30,10 @@ LAST_LINES = 15
 
 @dataclass
 class Child:
-    """One program of the run: its newest incarnation, and what it takes to start another."""
+    """One role of the run: its newest incarnation, and what it takes to start another."""
 
-    role: str
-    arguments: tuple[str, ...]
-    threads: int
-    fds: tuple[int, ...]
-    log: Path
-    process: "subprocess.Popen[bytes]"
-    workshop: Path
-    pulse: Pulse
+    recipe: Recipe
+    program: Program
     incarnation: int = 1
     restarted_at: list[float] = field(default_factory=list)
     due_at: float | None = None
@@ -52,12 +41,16 @@ class Child:
     was_frozen: bool = False
     """The launcher killed it for giving no sign of life."""
 
+    @property
+    def role(self) -> str:
+        return self.recipe.role
+
     def poll(self) -> int | None:
         """The exit code, if it ended and no other incarnation will follow."""
-        return self.process.poll() if self.due_at is None else None
+        return self.program.poll() if self.due_at is None else None
 
     def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.recipe.log.read_text(errors="replace").splitlines()
         return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
 
 
@@ -71,37 +64,24 @@ class Supervisor:
     stop_requests: int = 0
     pulses_taken_at: float = 0.0
 
-    def start(self, role: str, *arguments: str, threads: int = 1, fds: tuple[int, ...] = ()) -> None:
+    def start(
+        self, role: str, *arguments: str, threads: int = 1, ranks: int = 1, fds: tuple[int, ...] = ()
+    ) -> None:
         """Start the first incarnation of a role; `fds` stay open here, for those that may follow."""
         log = self.attempt.paths.attempt(self.attempt.record.attempt) / f"{role}.log"
-        process, workshop = self._spawn(role, 1, arguments, threads, fds, log)
-        pulse = Pulse(self.attempt.config.launch.frozen_s, time.monotonic())
-        self.children[role] = Child(role, arguments, threads, fds, log, process, workshop, pulse)
+        recipe = Recipe(role, log, arguments, threads, ranks, fds)
+        self.children[role] = Child(recipe, self._start(recipe, 1))
 
-    def _spawn(
-        self,
-        role: str,
-        incarnation: int,
-        arguments: tuple[str, ...],
-        threads: int,
-        fds: tuple[int, ...],
-        log: Path,
-    ) -> "tuple[subprocess.Popen[bytes], Path]":
-        """Start `python -m ratchet.<role> RUN ATTEMPT INCARNATION`; its output goes to the attempt's log."""
+    def _start(self, recipe: Recipe, incarnation: int) -> Program:
         number = self.attempt.record.attempt
-        stage = Stage.open(self.attempt.paths, attempts.token(number, role, incarnation))
-        where = (str(self.attempt.paths.root), str(number), str(incarnation))
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"ratchet.{role}", *where, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=child_environment(threads),
-                pass_fds=fds,
-                start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
-            )
-        return process, stage.directory
+        return Program.start(
+            self.attempt.paths,
+            recipe,
+            attempt=number,
+            incarnation=incarnation,
+            token=attempts.token(number, recipe.role, incarnation),
+            frozen_s=self.attempt.config.launch.frozen_s,
+        )
 
     def install_signal_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,6 +136,7 @@ class Supervisor:
         if verdict.delay_s is None:
             return verdict.why
         self._fence(child)
+        child.program.kill()
         try:
             plan = self._plan(child.role)
         except Refusal as error:
@@ -204,10 +185,7 @@ class Supervisor:
     def _start_due(self) -> None:
         for child in self.children.values():
             if child.due_at is not None and time.monotonic() >= child.due_at:
-                child.process, child.workshop = self._spawn(
-                    child.role, child.incarnation, child.arguments, child.threads, child.fds, child.log
-                )
-                child.pulse = Pulse(self.attempt.config.launch.frozen_s, time.monotonic())
+                child.program = self._start(child.recipe, child.incarnation)
                 child.due_at = None
 
     def _kill_frozen(self) -> None:
@@ -217,49 +195,36 @@ class Supervisor:
             return
         self.pulses_taken_at = now
         for child in self.children.values():
-            if child.due_at is not None or child.process.poll() is not None:
-                continue
-            if child.pulse.is_frozen(heartbeat.last_beat(child.workshop), now):
+            if child.due_at is None and child.program.is_frozen(now):
                 child.was_frozen = True
                 self._fence(child)
-                child.process.kill()
-                child.process.wait()
+                child.program.kill()
 
     def _failure(self, child: Child, code: int, why: str) -> tuple[int, str]:
         reason = f"{child.role} {_how(child, code)}" + (f"; {why}" if why else "")
-        self.console.say(f"The {reason}; its last lines ({child.log}):\n{child.tail()}")
+        self.console.say(f"The {reason}; its last lines ({child.recipe.log}):\n{child.tail()}")
         return code if code > 0 else EXIT_CRASH, reason
 
     def signal(self, role: str, number: int) -> None:
-        child = self.children.get(role)
-        if child is not None and child.process.poll() is None:
-            child.process.send_signal(number)
+        if role in self.children:
+            self.children[role].program.signal(number)
 
     def stop_all(self) -> None:
         """Ask everyone, the trainer first because it may save; insist after the grace period."""
         for role in ("trainer", "orchestrator", "inference"):
             self.signal(role, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and any(c.process.poll() is None for c in self.children.values()):
+        while time.monotonic() < deadline and any(c.program.is_alive for c in self.children.values()):
             self.console.refresh()
             time.sleep(POLL_S)
         self.kill()
 
     def kill(self) -> None:
         for child in self.children.values():
-            if child.process.poll() is None:
-                child.process.kill()
-            child.process.wait()
+            child.program.kill()
 
 
 def _how(child: Child, code: int) -> str:
     if child.was_frozen:
         return "gave no sign of life (launch.frozen_s) and was killed"
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """Fixed thread counts, and who the parent is (see `process.die_with_parent`)."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    fixed = {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **fixed, "RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}

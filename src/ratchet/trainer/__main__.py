@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FrameType
 
 from ratchet import attempts, heartbeat, log, process
-from ratchet.errors import EXIT_OK
+from ratchet.errors import EXIT_OK, Stopped
 
 _asked: list[int] = []
 
@@ -27,11 +27,15 @@ def main() -> int:
     from ratchet.trainer.loop import Trainer
     from ratchet.trainer.world import open_world, set_determinism
 
-    if rank == 0:
-        heartbeat.start(assignment.stage)
+    heartbeat.start(assignment.stage, rank)
     set_determinism(assignment.config.trainer.threads)
     world = open_world(assignment.config.trainer.device)
-    Trainer(assignment, world, lambda: bool(_asked)).run()
+    try:
+        Trainer(assignment, world, lambda: bool(_asked)).run()
+    except Stopped:
+        world.part()
+        raise
+    world.part()
     return EXIT_OK
 
 

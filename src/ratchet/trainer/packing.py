@@ -56,6 +56,9 @@ def micro_batches(examples: Sequence[Example], budget: int, rank: int, ranks: in
     """This rank's share of a step. Every rank gets the same number, filled up with rows that count nothing."""
     useful = [e for e in examples if e.trained_tokens]
     groups = split([len(e.token_ids) - 1 for e in useful], budget)
+    if len(groups) < ranks:  # one pass would do, but every rank should have its part of it
+        order = [index for group in groups for index in group]
+        groups = [part for part in (order[i::ranks] for i in range(ranks)) if part]
     mine = [[useful[i] for i in group] for group in groups[rank::ranks]]
     most = -(-len(groups) // ranks)
     filler = [Example(useful[0].token_ids[:2], [False, False], [0.0, 0.0])] if useful else []

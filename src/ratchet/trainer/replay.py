@@ -155,18 +155,21 @@ def main() -> int:
         RunPaths(root), attempts.read(RunPaths(root), attempts.numbers(RunPaths(root))[-1])
     )
     set_determinism(config.trainer.threads)
-    replay = Replay(root, open_world(config.trainer.device))
+    world = open_world(config.trainer.device)
+    replay = Replay(root, world)
     counts = {"row": 0, "checkpoint": 0}
-    different = 0
+    different = []
     for finding in replay.run():
         counts[finding.what.split()[0]] += 1
         if finding.different:
-            different += 1
-            sys.stdout.write(f"{finding.what}: {finding.different}\n")
-    sys.stdout.write(
-        f"steps {replay.start} to {replay.last} trained again: {counts['row']} rows and {counts['checkpoint']} "
-        f"checkpoints compared, {different} different\n"
-    )
+            different.append(f"{finding.what}: {finding.different}\n")
+    if world.is_first:
+        sys.stdout.writelines(different)
+        sys.stdout.write(
+            f"steps {replay.start} to {replay.last} trained again: {counts['row']} rows and {counts['checkpoint']} "
+            f"checkpoints compared, {len(different)} different\n"
+        )
+    world.part()
     return EXIT_CRASH if different else EXIT_OK
 
 

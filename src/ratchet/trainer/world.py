@@ -1,12 +1,20 @@
-"""The ranks of this trainer: one process without a launcher, or those that torchrun started."""
+"""The ranks of this trainer: one process, those that the launcher started on this machine, or torchrun's.
+
+Who waits for whom: in every collective each rank waits for all others, however long. That one of them has died or
+frozen is for the launcher to notice, which looks at each.
+"""
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PATIENCE = timedelta(days=30)
+"""Rank 0 may wait for a batch as long as it takes to sample one; the others wait for rank 0."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def part(self) -> None:
+        """Leave together: a rank that ends early takes its end of a connection away."""
+        if self.size > 1:
+            dist.barrier(group=self.save_group)
+
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """`auto` takes a GPU where there is one."""
@@ -54,17 +67,17 @@ def open_world(wanted_device: str) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if size == 1:
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),  # pyright: ignore
-            rank=0,
-            world_size=1,
-        )
-    else:
-        dist.init_process_group(backend)
+    dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=PATIENCE)
     mesh = init_device_mesh(device.type, (size,))
-    return World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+    return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _store(size: int) -> Any:
+    """Where the ranks leave word for each other; None is torchrun's own."""
+    if size == 1:
+        return dist.HashStore()  # pyright: ignore
+    path = os.environ.get("RATCHET_RENDEZVOUS")
+    return dist.FileStore(path, size) if path is not None else None  # pyright: ignore
 
 
 def set_determinism(threads: int) -> None:

@@ -1,0 +1,109 @@
+"""The trainer on two ranks: they live and die together, and the run ends as if nothing had happened."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from dcp import plain_dcp
+from programs import last_step, processes_of, rows, run, run_digest, start, wait_until
+from ratchet import attempts, durable
+from ratchet.paths import RunPaths
+
+SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "6", "--data.batch-size", "16")
+TWO = ("--trainer.nproc", "2", "--ckpt.interval", "2")
+RL = (
+    *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),
+    *("--model.random-init", "--inference.slots", "16", "--deterministic", "--max-steps", "6"),
+    *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
+    *("--orchestrator.sampling.max-tokens", "6", "--orchestrator.eval.tasks", "8"),
+)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Two ranks that nobody disturbs."""
+    root = tmp_path_factory.mktemp("calm") / "run"
+    run("sft", *SFT, *TWO, "--output-dir", root)
+    return root
+
+
+def rank_of(pid):
+    with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
+        found = dict(item.partition(b"=")[::2] for item in file.read().split(b"\0"))
+    return int(found[b"RANK"])
+
+
+def ranks(root):
+    """The trainer's processes by rank, once both give signs of life."""
+    workshops = RunPaths(root).staging
+    wait_until(lambda: list(workshops.glob("*.trainer.*/heartbeat.1")))
+    return {rank_of(pid): pid for pid in processes_of(root, "trainer")}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_replaced_with_its_siblings(calm, tmp_path, rank):
+    root = tmp_path / "run"
+    process = start("sft", *SFT, *TWO, "--output-dir", root)
+    wait_until(lambda: last_step(root) >= 2, process=process)
+    os.kill(ranks(root)[rank], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "The trainer was killed by signal 9: incarnation 2" in said
+    assert run_digest(root) == run_digest(calm)
+
+
+def test_a_rank_that_freezes_is_noticed_while_the_other_waits_for_it(calm, tmp_path):
+    root = tmp_path / "run"
+    process = start("sft", *SFT, *TWO, "--output-dir", root, "--launch.frozen-s", "4")
+    wait_until(lambda: last_step(root) >= 2, process=process)
+    os.kill(ranks(root)[1], signal.SIGSTOP)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "gave no sign of life" in said
+    (restart,) = attempts.newest(RunPaths(root)).restarts
+    assert restart.role == "trainer"
+    assert run_digest(root) == run_digest(calm)
+
+
+@pytest.mark.parametrize("mode", [(), ("--ckpt.save-async",)])
+def test_killed_inside_a_save_two_ranks_end_with_the_same_bits(calm, tmp_path, mode):
+    command = (*SFT, *TWO, *mode, "--launch.max-restarts", "0", "--output-dir", tmp_path / "run")
+    run("sft", *command, code=1, RATCHET_CRASH_AT="checkpoint.after_shards:2")
+    assert list(durable.committed(tmp_path / "run" / "checkpoints")) == [2]
+    run("sft", *command)
+    assert run_digest(tmp_path / "run") == run_digest(calm)
+    assert "0 different" in run("trainer", "--replay", tmp_path / "run")
+
+
+def test_all_ranks_stop_at_the_same_step_and_the_same_command_continues(tmp_path):
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    two = ("--trainer.nproc", "2", "--ckpt")
+    process = start("rl", *RL, *two, "--output-dir", root)
+    wait_until(lambda: last_step(root) >= 1, process=process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert list(durable.committed(root / "checkpoints")) == [last_step(root)]
+    run("rl", *RL, *two, "--output-dir", root)
+    run("rl", *RL, *two, "--output-dir", whole)
+    assert run_digest(root) == run_digest(whole)
+
+
+def test_one_rank_then_two_then_one_take_the_steps_of_one(tmp_path):
+    straight, root = tmp_path / "one", tmp_path / "two"
+    exact = ("--trainer.precision", "fp32", "--trainer.optim.type", "adamw", "--trainer.optim.lr", "1e-3")
+    command = (*SFT, *exact, "--trainer.scheduler.horizon-steps", "40")
+    run("sft", *command, "--output-dir", straight, "--ckpt.interval", "2")
+    for nproc, steps in ((1, 2), (2, 4), (1, 6)):
+        resume = ("--ckpt.resume-step", "-1", "--max-steps", str(steps), "--trainer.nproc", str(nproc))
+        said = run("sft", *command, *resume, "--output-dir", root)
+        assert steps == 2 or "Changed: trainer.nproc" in said
+    assert [r["step"] for r in rows(root)] == list(range(1, 7))
+    one = plain_dcp(straight / "checkpoints/step_6/trainer")
+    two = plain_dcp(root / "checkpoints/step_6/trainer")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert "trained on 1, 2 processes" in run("trainer", "--replay", root, code=2)
