@@ -2,52 +2,51 @@
 
     uv run python tests/campaign/kills.py --kills 300 --root outputs/campaign
 
-A scenario is one run in one mode. It is started, waited for until it makes progress, and then a victim is killed
-with SIGKILL after a random delay, again and again; the last start runs to its end. Afterwards everything is
-compared with a run of the same settings that nobody disturbed. The same command continues an interrupted campaign.
+A scenario is one run in one mode. It is started, and a victim is killed with SIGKILL at a random instant: mostly
+after new progress, sometimes while it starts. Now and then the next command rolls the run back, and is killed too.
+The last start runs to its end; then everything is compared with a run of the same settings that nobody disturbed.
+The same command continues an interrupted campaign.
 
-It prints kills by victim and mode, and counts of what must be zero: commits lost, draws lost or doubled, damaged
-directories, differing digests, replays that differ, processes that outlived their launcher.
+It prints kills by victim and by phase, what was committed and resumed, and counts of what must be zero: commits
+lost, draws lost or doubled, damaged directories, differing digests, replays that differ, processes that outlived
+their launcher, runs that failed.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import BIN, kill, last_step, processes_of, run_digest, start
-from ratchet import durable
+from ratchet import attempts, durable
+from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 
-MODEL = ("--model.name", "examples/reverse_text/model", "--model.random-init")
 RL = (
-    *(
-        "@",
-        "examples/reverse_text/rl.toml",
-        *MODEL,
-        "--inference.slots",
-        "16",
-        "--orchestrator.eval.tasks",
-        "8",
-    ),
+    *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),
+    *("--model.random-init", "--inference.slots", "16", "--orchestrator.eval.tasks", "8"),
     *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
     *("--orchestrator.sampling.max-tokens", "6", "--max-steps", "16"),
 )
 SFT = ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "16")
 KEEP = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
 ASYNC = ("--ckpt.interval", "3", "--ckpt.save-async")
+BOTH = ("--ckpt.interval", "2", "--ckpt.keep-last", "2", "--ckpt.save-async")
 ALONE = ("--launch.max-restarts", "0")
+TWO_RANKS = ("--trainer.nproc", "2")
 PROBLEMS = (
     "commits_lost",
-    "draws_wrong",
+    "draws_lost_or_doubled",
     "damaged",
     "digest_differs",
     "replay_differs",
@@ -63,19 +62,24 @@ class Mode:
     command: str
     flags: tuple[str, ...]
     victims: tuple[str, ...]
-    repeats: bool
+    repeats: bool = True
     """Whether two runs of these settings have equal digests."""
 
+    @property
+    def restarts_roles(self) -> bool:
+        return ALONE[0] not in self.flags
 
-WORKERS = ("trainer", "orchestrator", "inference")
+
+PROGRAMS = ("trainer", "orchestrator", "inference")
+ANYONE = ("launcher", *PROGRAMS, "all")
 MODES = {
-    "sft": Mode("sft", (*SFT, *KEEP, *ALONE), ("launcher", "trainer"), repeats=True),
-    "sft_async_save": Mode("sft", (*SFT, *ASYNC, *ALONE), ("launcher", "trainer"), repeats=True),
-    "rl": Mode("rl", (*RL, *ASYNC, *ALONE), ("launcher", *WORKERS, "all"), repeats=False),
-    "rl_exact": Mode(
-        "rl", (*RL, "--deterministic", *KEEP, *ALONE), ("launcher", *WORKERS, "all"), repeats=True
-    ),
-    "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*WORKERS, "launcher"), repeats=True),
+    "sft": Mode("sft", (*SFT, *KEEP, *ALONE), ("launcher", "trainer")),
+    "sft_async_save_2_ranks": Mode("sft", (*SFT, *BOTH, *TWO_RANKS, *ALONE), ("launcher", "trainer")),
+    "rl": Mode("rl", (*RL, *ASYNC, *ALONE), ANYONE, repeats=False),
+    "rl_exact": Mode("rl", (*RL, "--deterministic", *KEEP, *ALONE), ANYONE),
+    "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "launcher")),
+    "rl_exact_2_ranks": Mode("rl", (*RL, "--deterministic", *BOTH, *TWO_RANKS, *ALONE), ANYONE),
+    "rl_2_ranks_restarts": Mode("rl", (*RL, *KEEP, *TWO_RANKS), (*PROGRAMS, "launcher"), repeats=False),
 }
 
 
@@ -111,47 +115,51 @@ class Campaign:
         root = self.root / f"calm_{name}"
         if not (root / "finished").exists():
             shutil.rmtree(root, ignore_errors=True)
-            code, said = _finish(MODES[name], root)
+            code, said = Scenario(MODES[name], root).finish()
             if code != 0:
                 raise SystemExit(f"an undisturbed run of {name} fails:\n{said}")
             (root / "finished").touch()
         return run_digest(root)
 
-    def scenario(self, kills: int) -> None:
+    def play(self, kills: int) -> None:
         """One run under fire, to its end."""
         rng = random.Random(f"{self.seed}/{self.done}")
         name = list(MODES)[self.done % len(MODES)]
-        mode, root = MODES[name], self.root / f"run_{self.done}"
-        shutil.rmtree(root, ignore_errors=True)
+        scenario = Scenario(MODES[name], self.root / f"run_{self.done}")
+        shutil.rmtree(scenario.root, ignore_errors=True)
         floor = 0
         for _ in range(kills):
-            victim = rng.choice(mode.victims)
-            if not _start_and_kill(mode, root, victim, rng):
+            if rng.random() < 0.2 and (step := scenario.roll_back(rng)) is not None:
+                floor = step
+            victim = rng.choice(MODES[name].victims)
+            if not scenario.start_and_kill(victim, rng):
                 break
             self.counts[f"kill/{name}/{victim}"] += 1
-            _wait_for_none(root, 5.0)
-            for pid in processes_of(root):
+            self.counts[f"phase/{scenario.phase()}"] += 1
+            scenario.wait_for_none(5.0)
+            for pid in processes_of(scenario.root):
                 self.problem("survivors", f"process {pid} after the {victim} was killed")
-            newest = max(durable.committed(RunPaths(root).checkpoints), default=0)
+            newest = max(durable.committed(scenario.paths.checkpoints), default=0)
             if newest < floor:
                 self.problem("commits_lost", f"checkpoint {floor} was there, {newest} is")
-            floor = newest
-        code, said = _finish(mode, root)
+            floor = floor if scenario.owes_rollback() else newest
+        code, said = scenario.finish()
         if code != 0:
             self.problem("failed", said[-1500:])
-        self._judge(name, mode, root)
-        self.counts["scenarios"] += 1
+        self._judge(name, scenario)
+        self.counts["runs"] += 1
         self.done += 1
         self.save()
 
-    def _judge(self, name: str, mode: Mode, root: Path) -> None:
+    def _judge(self, name: str, scenario: "Scenario") -> None:
+        mode, root = scenario.mode, scenario.root
+        self.counts.update(scenario.tally())
         if mode.repeats and run_digest(root) != self.reference(name):
             self.problem("digest_differs", f"{root} against calm_{name}")
         self._ask("damaged", "ckpt", "verify", root)
         if mode.command == "rl":
-            self._ask("draws_wrong", "ckpt", "audit", root)
-        if "--ckpt.keep-last" not in mode.flags:
-            self._ask("replay_differs", "trainer", "--replay", root)
+            self._ask("draws_lost_or_doubled", "ckpt", "audit", root)
+        self._ask("replay_differs", "trainer", "--replay", root)
         if not self.notes:
             shutil.rmtree(root)
 
@@ -162,57 +170,147 @@ class Campaign:
             self.problem(what, said[-1500:])
 
 
-def _start_and_kill(mode: Mode, root: Path, victim: str, rng: random.Random) -> bool:
-    """Start, wait for a new step, kill after a random delay; False if the run ended before."""
-    before = last_step(root)
-    process = start(mode.command, *mode.flags, "--output-dir", root)
-    deadline = time.monotonic() + 120
-    while last_step(root) <= before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.5))
-    is_alive = process.poll() is None
-    if victim != "launcher":
-        for pid in processes_of(root, "" if victim == "all" else victim):
-            _kill(pid)
-    if victim in ("launcher", "all") or "--launch.max-restarts" in mode.flags:
+@dataclass
+class Scenario:
+    """One run of a mode, and the command that continues it."""
+
+    mode: Mode
+    root: Path
+    more: tuple[str, ...] = field(default=())
+    """What the command carries since the last rollback."""
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.root)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return start(self.mode.command, *self.mode.flags, *self.more, "--output-dir", self.root)
+
+    def finish(self) -> tuple[int, str]:
+        process = self._start()
+        said, _ = process.communicate()
+        return process.returncode, said
+
+    def roll_back(self, rng: random.Random) -> int | None:
+        """Let the next command roll back to a checkpoint; returns it, or None where there is none but the newest."""
+        steps = list(durable.committed(self.paths.checkpoints))[:-1]
+        if not steps:
+            return None
+        step = rng.choice(steps)
+        if self.more[1:] == (str(step),):
+            return None  # the same command again would continue
+        self.more = ("--ckpt.resume-step", str(step))
+        return step
+
+    def owes_rollback(self) -> bool:
+        """Whether the next start will roll back: the command that asks for it died before it was recorded."""
+        record = self._record()
+        asked = int(self.more[1]) if self.more else None
+        return record is None or record.resume_step != asked
+
+    def start_and_kill(self, victim: str, rng: random.Random) -> bool:
+        """Start, wait for new progress or a moment of the start, kill; False if the run ended before."""
+        before = last_step(self.root)
+        process = self._start()
+        if before and rng.random() < 0.3:
+            time.sleep(rng.uniform(0, 6))
+        else:
+            self._wait_for_progress(process, before)
+            time.sleep(rng.uniform(0, 0.5))
+        is_alive = process.poll() is None
         if victim in ("launcher", "all"):
+            if victim == "all":
+                self._kill("", rng)
+            kill(process)
+            return is_alive
+        self._kill(victim, rng)
+        if self.mode.restarts_roles:
+            # The launcher replaces the victim; it is killed later, at another random instant.
+            time.sleep(rng.uniform(0, 6))
             kill(process)
         else:
             process.communicate(timeout=60)
         return is_alive
-    # The launcher replaces the victim; it is killed later, at another random instant.
-    time.sleep(rng.uniform(0, 6))
-    kill(process)
-    return is_alive
 
+    def _wait_for_progress(self, process: "subprocess.Popen[str]", before: int) -> None:
+        """A new step, counted anew where the start rolls back."""
+        attempt, deadline = max(attempts.numbers(self.paths), default=0), time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            record = self._record()
+            begun = record is not None and record.attempt > attempt and record.applied
+            if begun and last_step(self.root) > record.plan.step:
+                return
+            time.sleep(0.01)
 
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    def _record(self) -> attempts.Record | None:
+        try:
+            return attempts.newest(self.paths)
+        except Damaged:
+            return None  # it is being written
 
+    def _kill(self, role: str, rng: random.Random) -> None:
+        """All processes of the run, or one of those of a role."""
+        found = processes_of(self.root, role)
+        for pid in found if not role else rng.sample(found, min(1, len(found))):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
 
-def _wait_for_none(root: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while processes_of(root) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    def phase(self) -> str:
+        """What the newest attempt was doing here, by its plan."""
+        record = self._record()
+        if record is None:
+            return "fresh"
+        if record.plan.rollback:
+            return "rollback"
+        if record.plan.next_batch > record.plan.step:
+            return "replay"
+        return "resume" if record.plan.from_checkpoint else "fresh"
 
+    def tally(self) -> Counter[str]:
+        """What all attempts did: resumes, rollbacks, restarts of a role, checkpoints."""
+        found: Counter[str] = Counter()
+        for number in attempts.numbers(self.paths):
+            record = attempts.read(self.paths, number)
+            found["attempts"] += 1
+            found["resumes"] += record.plan.from_checkpoint
+            found["rollbacks"] += record.plan.rollback
+            found["restarts_of_a_role"] += len(record.restarts)
+            log = self.paths.attempt(number) / "trainer.log"
+            saved = re.findall(r"checkpoint \d+, the loop waited", log.read_text()) if log.exists() else []
+            found["checkpoints"] += len(saved)
+        return found
 
-def _finish(mode: Mode, root: Path) -> tuple[int, str]:
-    process = start(mode.command, *mode.flags, "--output-dir", root)
-    said, _ = process.communicate()
-    return process.returncode, said
+    def wait_for_none(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while processes_of(self.root) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def report(campaign: Campaign) -> str:
     counts = campaign.counts
-    lines = [f"{counts['scenarios']} runs, {campaign.kills} kills"]
-    lines += [
-        f"  {name.removeprefix('kill/'):30} {n}" for name, n in sorted(counts.items()) if "kill/" in name
-    ]
-    lines += [f"{name:32} {counts[name]}" for name in PROBLEMS]
+    lines = [f"{counts['runs']} runs, {campaign.kills} kills"]
+    victims: Counter[str] = Counter()
+    for name, n in counts.items():
+        if name.startswith("kill/"):
+            victims[name.rpartition("/")[2]] += n
+    lines.append("by victim    " + _listed(victims))
+    modes: Counter[str] = Counter()
+    for name, n in counts.items():
+        if name.startswith("kill/"):
+            modes[name.split("/")[1]] += n
+    lines.append("by mode      " + _listed(modes))
+    phases = {name.partition("/")[2]: n for name, n in counts.items() if name.startswith("phase/")}
+    lines.append("by phase     " + _listed(Counter(phases)))
+    done = ("attempts", "resumes", "rollbacks", "restarts_of_a_role", "checkpoints")
+    lines.append("done         " + _listed(Counter({name: counts[name] for name in done})))
+    lines += [f"{name:24} {counts[name]}" for name in PROBLEMS]
     return "\n".join([*lines, *campaign.notes])
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in sorted(counts.items()))
 
 
 def main() -> int:
@@ -227,7 +325,7 @@ def main() -> int:
     campaign = Campaign(arguments.root.resolve(), arguments.seed)
     assert (BIN / "rl").exists(), "run it with `uv run python`"
     while campaign.kills < arguments.kills:
-        campaign.scenario(min(arguments.kills_per_run, arguments.kills - campaign.kills))
+        campaign.play(min(arguments.kills_per_run, arguments.kills - campaign.kills))
         sys.stdout.write(f"{campaign.kills} kills, {len(campaign.notes)} problems\n")
         sys.stdout.flush()
     sys.stdout.write(report(campaign) + "\n")
