@@ -223,8 +223,9 @@ def join(root: Path, attempt: int, role: str, incarnation: int) -> Assignment:
     It is not opened here: a process that is slow to start could so undo its own replacement.
     """
     paths = RunPaths(root)
+    stage = Stage(paths, token(attempt, role, incarnation))
+    stage.enter()
     record = read(paths, attempt)
-    name = token(attempt, role, incarnation)
     return Assignment(
         paths=paths,
         config=read_config(paths, record),
@@ -232,7 +233,7 @@ def join(root: Path, attempt: int, role: str, incarnation: int) -> Assignment:
         attempt=attempt,
         run_id=record.run_id,
         lineage=record.lineage,
-        stage=Stage(paths, name),
+        stage=stage,
     )
 
 

@@ -10,7 +10,8 @@ A directory is *published* by this order, and each step is needed:
     fsync the parent                  the commit survives a power cut
 
 The rename is also the fence: a process is revoked by renaming its staging/<token> away, after which
-whatever it still tries fails with ENOENT and becomes `Fenced`.
+whatever it still tries fails with ENOENT and becomes `Fenced`. What does not begin in the workshop goes through it
+all the same, as staging/<token>/../../<path>: the kernel looks the way up anew each time.
 """
 
 import errno
@@ -21,11 +22,12 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import xxhash
 
-from ratchet.errors import Damaged, Fenced, RatchetError, Refusal
+from ratchet.errors import Damaged, Fenced, RatchetError, Refusal, Unwritable
 from ratchet.paths import RunPaths, parse_step
 from ratchet.records import FileEntry, Manifest
 
@@ -176,6 +178,9 @@ def verify(directory: Path) -> Manifest:
 class Stage:
     """One process's private workshop, staging/<token>: whatever it publishes or deletes passes here."""
 
+    current: "ClassVar[Stage | None]" = None
+    """The one in which this process works: an error that it meets when that is gone is a consequence of it."""
+
     def __init__(self, paths: RunPaths, token: str) -> None:
         self.paths = paths
         self.token = token
@@ -190,10 +195,35 @@ class Stage:
         fsync_path(paths.staging)
         return stage
 
+    def open_for(self, token: str) -> "Stage":
+        """Make the workshop of another process, one that this one starts. Raises: Fenced if this one was replaced."""
+        stage = Stage(self.paths, token)
+        try:
+            self._through(stage.directory).mkdir()
+        except FileNotFoundError:
+            self.check()
+            raise
+        fsync_path(self.paths.staging)
+        return stage
+
+    def enter(self) -> None:
+        """This process works here from now on."""
+        Stage.current = self
+
     def check(self) -> None:
-        """Raises: Fenced if this process was replaced."""
-        if not self.directory.exists():
-            raise Fenced(f"{self.token} was replaced by a newer process; it stops without publishing.")
+        """Raises: Fenced if this process was replaced; Unwritable if the whole run directory is gone."""
+        if self.directory.exists():
+            return
+        if not self.paths.staging.exists():
+            raise Unwritable(
+                f"The run directory {self.paths.root} is gone (moved away, or its file system is not mounted): "
+                "bring it back, then run the same command again."
+            )
+        raise Fenced(f"{self.token} was replaced by a newer process; it stops without publishing.")
+
+    def _through(self, path: Path) -> Path:
+        """The same place of the run, by a way that ends with the workshop."""
+        return self.directory / ".." / ".." / path.relative_to(self.paths.root)
 
     def begin(self, name: str) -> Path:
         """A fresh directory to write into; its name is unique within this process."""
@@ -258,17 +288,28 @@ class Stage:
             raise
         fsync_path(staged)
         crash_point(f"replace.{path.name}.before_rename")
-        os.rename(staged, path)
-        fsync_path(path.parent)
+        try:
+            os.rename(staged, path)
+        except FileNotFoundError:
+            self.check()
+            raise
+        self._settle(path.parent)
+
+    def _settle(self, directory: Path) -> None:
+        """Flush a directory and those above it, up to the run's: they may be new themselves."""
+        for folder in (directory, *directory.parents):
+            fsync_path(folder)
+            if folder == self.paths.root:
+                return
 
     def move(self, path: Path, target: Path) -> None:
         """Move a published name elsewhere in the run; a no-op where it has been moved already."""
-        self.check()
         try:
-            os.rename(path, target)
+            os.rename(self._through(path), self._through(target))
         except FileNotFoundError:
+            self.check()
             return
-        fsync_path(target.parent)
+        self._settle(target.parent)
         fsync_path(path.parent)
 
     def remove(self, path: Path) -> None:
@@ -287,15 +328,23 @@ class Stage:
             grave.unlink()
 
     def append(self, path: Path, data: bytes) -> None:
-        """Append to a log of lines, such as metrics.
+        """Append to a log of lines, such as metrics; `fsync_path` makes what was added survive the machine.
 
         Checked again after the opening: a process that is replaced after that writes into a file that its successor
         has already put another in place of (see `metrics.rewind`).
         """
         self.check()
-        with path.open("ab") as file:
+        is_new = not path.exists()
+        try:
+            file = self._through(path).open("ab")
+        except FileNotFoundError:
+            self.check()
+            raise
+        with file:
             self.check()
             file.write(data)
+        if is_new:
+            self._settle(path.parent)
 
     def create(self, path: Path, data: bytes) -> None:
         """Begin a log under a new name, by rename and so fenced; `fsync_path` makes it survive the machine."""
@@ -311,7 +360,7 @@ class Stage:
     def extend(self, path: Path, data: bytes) -> None:
         """Append to a log that `create` began; one that was moved or deleted is not begun again."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+            descriptor = os.open(self._through(path), os.O_WRONLY | os.O_APPEND)
         except FileNotFoundError:
             self.check()
             raise
@@ -326,7 +375,7 @@ class Stage:
     def truncate(self, path: Path, size_bytes: int) -> None:
         """Cut a log of lines back to a length that is known to be true."""
         self.check()
-        with path.open("r+b") as file:
+        with self._through(path).open("r+b") as file:
             file.truncate(size_bytes)
             os.fsync(file.fileno())
 

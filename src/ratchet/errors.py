@@ -47,6 +47,12 @@ class SaveFailed(RatchetError):
     exit_code = EXIT_SAVE_FAILED
 
 
+class Unwritable(RatchetError):
+    """The run directory is gone, or cannot be written any more: nothing can be saved until it is back."""
+
+    exit_code = EXIT_SAVE_FAILED
+
+
 class Stopped(RatchetError):
     """The run was asked to stop and did so at a step boundary; the same command continues it."""
 

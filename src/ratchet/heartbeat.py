@@ -7,17 +7,20 @@ A thread runs on through a long step, a long compilation and a long wait, so non
 process that is stopped, or that holds the interpreter for good, gives no sign. The programs that live in an event
 loop also prove that the loop turns.
 
-The file lies in the process's own workshop: a process that was replaced finds it gone and ends.
+The file lies in the process's own workshop: a process that was replaced finds it gone and ends. It holds a word of
+its own, so that another run which has taken the place of this one is not taken for it. Time stamps are compared for
+change alone: clocks may jump.
 """
 
 import asyncio
 import os
+import secrets
 import threading
 import time
 from pathlib import Path
 
 from ratchet.durable import Stage
-from ratchet.errors import EXIT_FENCED, Fenced
+from ratchet.errors import Fenced, RatchetError
 from ratchet.log import LOGGER
 
 NAME = "heartbeat"
@@ -32,12 +35,9 @@ class Heartbeat:
 
     def __init__(self, stage: Stage, rank: int = 0) -> None:
         self._path = _path(stage.directory, rank)
-        self._token = stage.token
+        self._stage = stage
+        self._word = secrets.token_hex(8)
         self._ticked_at: float | None = None
-
-    @property
-    def is_fenced(self) -> bool:
-        return not self._path.exists()
 
     @property
     def is_late(self) -> bool:
@@ -46,10 +46,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Raises: Fenced if this process was replaced before it began."""
-        try:
-            self._path.touch()
-        except FileNotFoundError:
-            raise Fenced(f"{self._token} was replaced by a newer process before it began.") from None
+        self._begin()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def follow(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -63,14 +60,36 @@ class Heartbeat:
             if not self.is_late:
                 self._beat()
 
-    def _beat(self) -> None:
+    def _begin(self) -> None:
         try:
-            os.utime(self._path)
+            self._path.write_text(self._word)
         except FileNotFoundError:
-            LOGGER.error("%s was replaced by a newer process; it stops without publishing.", self._token)
-            os._exit(EXIT_FENCED)
+            self._stage.check()
+            raise
+
+    def _beat(self) -> None:
+        """One sign of life, or the end of a process that was replaced or has lost its run directory."""
+        try:
+            self._give_sign()
+        except RatchetError as error:
+            LOGGER.error("%s", error)
+            os._exit(error.exit_code)
         except OSError as error:  # a filesystem that hiccups: the launcher counts the silence
             LOGGER.warning("no sign of life could be given: %s", error)
+
+    def _give_sign(self) -> None:
+        """Raises: Fenced, Unwritable, OSError."""
+        try:
+            os.utime(self._path)
+            found = self._path.read_text()
+        except FileNotFoundError:
+            self._stage.check()
+            self._begin()  # somebody tidied up
+            return
+        if found != self._word:
+            raise Fenced(
+                f"Another process works as {self._stage.token} in {self._stage.paths.root}; this one stops."
+            )
 
 
 def _path(directory: Path, rank: int) -> Path:
@@ -80,6 +99,7 @@ def _path(directory: Path, rank: int) -> Path:
 def start(stage: Stage, rank: int = 0) -> None:
     """Begin to give signs of life, as one of the processes that share a workshop. Raises: Fenced"""
     global _current
+    stage.enter()
     _current = Heartbeat(stage, rank)
     _current.start()
 
@@ -88,11 +108,6 @@ def follow_loop() -> None:
     """Tie the signs of life to the running event loop; nothing in a program that belongs to no attempt."""
     if _current is not None:
         _current.follow(asyncio.get_running_loop())
-
-
-def is_fenced() -> bool:
-    """Whether this process was replaced: whatever error it meets is then a consequence of that."""
-    return _current is not None and _current.is_fenced
 
 
 def last_beat(directory: Path, rank: int = 0) -> int | None:

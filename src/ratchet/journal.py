@@ -28,8 +28,10 @@ from ratchet.records import RolloutFailure, Sample
 MAGIC = b"ratchet journal 1\n"
 SEGMENT_BYTES = 4 << 20
 SYNC_S = 1.0
-_HEAD = struct.Struct("<II")
-_HASH = struct.Struct("<Q")
+_LENGTH = struct.Struct("<I")
+_CRC_BYTES = 4
+_HEAD_BYTES = _LENGTH.size + _CRC_BYTES
+_HASH_BYTES = 8
 _NAME = re.compile(r"((\d+)\.\w+\.(\d+))-(\d+)\.log")
 
 
@@ -75,15 +77,16 @@ def digest(value: Any) -> str:
 
 
 def frame(payload: bytes) -> bytes:
-    length = struct.pack("<I", len(payload))
-    return b"".join(
-        (
-            length,
-            struct.pack("<I", zlib.crc32(length)),
-            payload,
-            _HASH.pack(xxhash.xxh3_64_intdigest(payload)),
-        )
-    )
+    length = _LENGTH.pack(len(payload))
+    return b"".join((length, _crc(length), payload, _hash(payload)))
+
+
+def _crc(length: bytes) -> bytes:
+    return zlib.crc32(length).to_bytes(_CRC_BYTES, "little")
+
+
+def _hash(payload: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(payload).to_bytes(_HASH_BYTES, "little")
 
 
 def segments(paths: RunPaths) -> list[Path]:
@@ -117,7 +120,7 @@ def read(path: Path, *, is_newest: bool) -> list[Entry]:
 def _frames(path: Path, data: bytes, *, is_newest: bool) -> Iterator[tuple[int, bytes]]:
     """The whole frames of a segment with their offsets. Raises: Damaged."""
     if not data.startswith(MAGIC):
-        if not (is_newest and _is_torn(data, MAGIC.startswith(data))):
+        if not (is_newest and _is_unfilled(MAGIC, data, b"")):
             raise _damaged(path, 0, "it does not begin as a segment does")
         return
     offset = len(MAGIC)
@@ -127,7 +130,7 @@ def _frames(path: Path, data: bytes, *, is_newest: bool) -> Iterator[tuple[int, 
             if is_newest:
                 return
             raise _damaged(path, offset, "it is cut there")
-        end = offset + _HEAD.size + len(payload) + _HASH.size
+        end = offset + _HEAD_BYTES + len(payload) + _HASH_BYTES
         if not payload:
             if end < len(data):
                 raise _damaged(path, end, "there are bytes after its end")
@@ -140,25 +143,33 @@ def _frames(path: Path, data: bytes, *, is_newest: bool) -> Iterator[tuple[int, 
 
 def _payload(path: Path, data: bytes, offset: int) -> bytes | None:
     """The payload of the frame at `offset`; None for a torn tail. Raises: Damaged."""
-    body = offset + _HEAD.size
-    if _is_torn(data[offset:], body > len(data)):
+    body = offset + _HEAD_BYTES
+    if body > len(data):
         return None
-    length, crc = _HEAD.unpack_from(data, offset)
-    if zlib.crc32(data[offset : offset + 4]) != crc:
+    length, crc = data[offset : offset + _LENGTH.size], data[offset + _LENGTH.size : body]
+    if crc != _crc(length):
+        if _is_unfilled(_crc(length), crc, data[body:]):
+            return None
         raise _damaged(path, offset, "the length of the entry does not match its CRC")
-    end = body + length
-    if end + _HASH.size > len(data):
+    end = body + _LENGTH.unpack(length)[0]
+    if end + _HASH_BYTES > len(data):
         return None
-    payload = data[body:end]
-    expected, found = _HASH.unpack_from(data, end)[0], xxhash.xxh3_64_intdigest(payload)
+    payload, expected = data[body:end], data[end : end + _HASH_BYTES]
+    found = _hash(payload)
     if expected != found:
-        raise _damaged(path, offset, f"expected xxh3 {expected:016x} of the entry, found {found:016x}")
+        if _is_unfilled(found, expected, data[end + _HASH_BYTES :]):
+            return None
+        said = f"expected xxh3 {expected[::-1].hex()} of the entry, found {found[::-1].hex()}"
+        raise _damaged(path, offset, said)
     return payload
 
 
-def _is_torn(tail: bytes, is_cut: bool) -> bool:
-    """A tail that was not written as a whole: too short, or, after a power cut, allocated and never filled."""
-    return is_cut or not any(tail)
+def _is_unfilled(whole: bytes, found: bytes, rest: bytes) -> bool:
+    """Whether only the beginning of `whole` was written, and what was allocated for the rest is zeros.
+
+    A power cut leaves that of an append; the last bytes of the frame would else be those of its hash.
+    """
+    return whole.startswith(found.rstrip(b"\0")) and not any(rest)
 
 
 def _damaged(path: Path, offset: int, why: str) -> Damaged:
@@ -236,6 +247,8 @@ class Journal:
         """The segment to write to: the live one, or a new one where that is full."""
         if self._live is not None and self._size_bytes >= self._limit_bytes:
             self._stage.extend(self._live, frame(b""))
+            # Before its successor has a name: else a power cut could leave an older segment without its end.
+            durable.fsync_path(self._live)
             self._live = None
         if self._live is None:
             self._number += 1

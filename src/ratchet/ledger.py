@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -125,11 +124,8 @@ def append(stage: Stage, entry: Line) -> None:
     """
     path = stage.paths.ledger
     path.parent.mkdir(exist_ok=True)
-    is_new = not path.exists()
     stage.append(path, encode(chained(entry, _last_hash(path))))
     durable.fsync_path(path)
-    if is_new:
-        durable.fsync_path(path.parent)
 
 
 def _last_hash(path: Path) -> str:
@@ -186,7 +182,7 @@ def restore(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None
     """Make the ledger end where the log ends: lines past it are cut, a line that is missing is made from its batch.
 
     A rollback keeps what it cuts. Lines before the end are left as they are, also damaged ones: `ckpt audit` names
-    them.
+    them. The last one may be torn inside by a power cut, and is made again if its batch is there.
     Crash: what is cut is kept first; the cut is one replacement; each line is appended whole, or cut as torn later.
     """
     path = stage.paths.ledger
@@ -194,6 +190,12 @@ def restore(stage: Stage, next_batch: int, *, aside: Path | None = None) -> None
     steps = list(_steps(lines))
     keep = next((index for index, step in enumerate(steps) if step >= next_batch), len(lines))
     cut = lines[keep:]
+    if (
+        keep
+        and _parse(lines[keep - 1]) is None
+        and durable.read_committed(stage.paths.batch(steps[keep - 1]))
+    ):
+        keep -= 1
     if cut and aside is not None:
         (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
         stage.replace(aside / path.parent.name / path.name, b"".join(cut))
@@ -211,12 +213,16 @@ def _steps(lines: list[bytes]) -> Iterator[int]:
     """The batch of each line; a damaged line counts as the one after its predecessor."""
     step = -1
     for data in lines:
-        try:
-            found: Any = msgspec.json.decode(data, type=Line).step
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            found = step + 1
-        step = found
+        entry = _parse(data)
+        step = step + 1 if entry is None else entry.step
         yield step
+
+
+def _parse(data: bytes) -> Line | None:
+    try:
+        return msgspec.json.decode(data, type=Line)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def lines_below(path: Path, next_batch: int) -> bytes:

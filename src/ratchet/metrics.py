@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet.durable import Stage, hash_bytes
+from ratchet.durable import Stage, fsync_path, hash_bytes
 
 EXEMPT = ("time/", "perf/", "fault/")
 
@@ -21,20 +21,31 @@ def exact(row: Row) -> Row:
     return {key: value for key, value in row.items() if not key.startswith(EXEMPT)}
 
 
-def append(stage: Stage, path: Path, row: Row) -> None:
-    """Add one row. The launcher's display and the trackers follow this file."""
+def append(stage: Stage, path: Path, row: Row, *, flush: bool = False) -> None:
+    """Add one row. The launcher's display and the trackers follow this file.
+
+    `flush` where the row may outlive what it was made from: nothing else can bring it back after a power cut.
+    """
     stage.append(path, msgspec.json.encode(row) + b"\n")
+    if flush:
+        fsync_path(path)
 
 
 def read(path: Path) -> list[Row]:
-    """All whole rows; a torn last line is not a row."""
-    if not path.exists():
-        return []
-    return [msgspec.json.decode(line) for line in _whole_lines(path.read_bytes())]
+    """All whole rows, up to the first that is not."""
+    return [row for _, row in _whole(path)]
 
 
-def _whole_lines(data: bytes) -> list[bytes]:
-    return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+def _whole(path: Path) -> list[tuple[bytes, Row]]:
+    """The lines and their rows, up to the first torn one: a power cut may also leave zeros, and rows behind them."""
+    data = path.read_bytes() if path.exists() else b""
+    found = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+        try:
+            found.append((line, msgspec.json.decode(line)))
+        except msgspec.DecodeError:
+            break
+    return found
 
 
 def rewind(stage: Stage, path: Path, step: int) -> list[Row]:
@@ -45,18 +56,14 @@ def rewind(stage: Stage, path: Path, step: int) -> list[Row]:
     """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    lines = _whole_lines(data)
-    rows = [msgspec.json.decode(line) for line in lines]
-    keep = sum(len(line) for line, row in zip(lines, rows, strict=True) if row["step"] <= step)
-    stage.replace(path, data[:keep])
-    return [row for row in rows if row["step"] > step]
+    found = _whole(path)
+    stage.replace(path, b"".join(line for line, row in found if row["step"] <= step))
+    return [row for _, row in found if row["step"] > step]
 
 
 def lines_until(path: Path, step: int) -> bytes:
     """The rows up to `step`, byte for byte."""
-    lines = _whole_lines(path.read_bytes()) if path.exists() else []
-    return b"".join(line for line in lines if msgspec.json.decode(line)["step"] <= step)
+    return b"".join(line for line, row in _whole(path) if row["step"] <= step)
 
 
 def mark(path: Path) -> dict[str, Any]:

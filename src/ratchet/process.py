@@ -1,15 +1,17 @@
 """What every program of a run does at its start and at its end."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from ratchet import heartbeat
-from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_SAVE_FAILED, RatchetError
+from ratchet.durable import Stage
+from ratchet.errors import EXIT_CRASH, EXIT_SAVE_FAILED, RatchetError
 from ratchet.log import LOGGER
 
 _PR_SET_PDEATHSIG = 1
@@ -21,29 +23,69 @@ def die_with_parent() -> None:
     Call it first thing: a parent that ended before the call is noticed by the new parent's id.
     """
     parent = os.environ.get("RATCHET_PARENT")
-    if parent is None:
-        return
+    if parent is not None:
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent, whose id is given, ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os._exit(EXIT_CRASH)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program to its exit code: an error that we raise on purpose is one log line, not a traceback."""
+    """Run a program to its exit code: an error for which there is a remedy is one log line, not a traceback."""
     try:
         code = main()
-    except RatchetError as error:
-        LOGGER.error("%s", error)
-        code = EXIT_FENCED if heartbeat.is_fenced() else error.exit_code
     except Exception as error:
-        if heartbeat.is_fenced():
-            LOGGER.error("replaced by a newer process; that ended in %r", error)
-            code = EXIT_FENCED
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            LOGGER.error("The disk is full (%s): make room, then run the same command again.", error)
-            code = EXIT_SAVE_FAILED
-        else:
+        told = _tell(error)
+        if told is None:
             raise
-    sys.stdout.flush()
-    sys.stderr.flush()
+        code, sentence = told
+        LOGGER.error("%s", sentence)
+    with contextlib.suppress(OSError):  # a log on a full disk does not change how a program ended
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
+
+
+def _tell(error: Exception) -> tuple[int, str] | None:
+    """The exit code and the sentence for what ended this program; None for a defect of ours."""
+    stage = Stage.current
+    try:
+        if stage is not None:
+            stage.check()
+    except RatchetError as cause:
+        is_told = str(error) == str(cause)
+        return cause.exit_code, str(cause) if is_told else f"{cause} That ended in {error!r}."
+    except OSError as worse:
+        error = worse
+    if isinstance(error, RatchetError):
+        return error.exit_code, str(error)
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            EXIT_SAVE_FAILED,
+            f"The disk is full ({reason(error)}): make room, then run the same command again.",
+        )
+    if stage is not None and is_about(error, stage.paths.root):
+        return EXIT_SAVE_FAILED, (
+            f"The run directory {stage.paths.root} cannot be written any more ({reason(error)}): make it writable, "
+            "then run the same command again."
+        )
+    return None
+
+
+def reason(error: OSError) -> str:
+    """What the operating system says, and of which file."""
+    return f"{error.strerror}: {os.path.normpath(error.filename)}" if error.filename else str(error.strerror)
+
+
+def is_about(error: OSError, root: Path) -> bool:
+    """Whether an error is that of the file system under a run: of a name below it, or of an open file of it."""
+    if error.errno in (errno.EROFS, errno.EIO, errno.ESTALE):
+        return True
+    is_below = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(root)
+    return is_below and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ENODEV)

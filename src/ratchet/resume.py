@@ -347,11 +347,13 @@ def restore_rows(stage: Stage, next_batch: int, *, aside: Path | None = None) ->
     last = rows[-1]["step"] if rows else 0
     for step in range(last, next_batch):
         if paths.batch(step).exists():
-            metrics.append(stage, paths.metric("orchestrator"), batchlog.read_metrics(paths.batch(step)))
+            row = batchlog.read_metrics(paths.batch(step))
+            metrics.append(stage, paths.metric("orchestrator"), row, flush=True)
     known = {row["step"] for row in metrics.read(paths.metric("evals"))}
     for step in evals:
         if step not in known:
-            metrics.append(stage, paths.metric("evals"), batchlog.read_metrics(paths.eval(step)))
+            row = batchlog.read_metrics(paths.eval(step))
+            metrics.append(stage, paths.metric("evals"), row, flush=True)
 
 
 def _rewind(stage: Stage, path: Path, limit: int, aside: Path | None) -> None:

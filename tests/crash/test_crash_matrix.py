@@ -1,204 +1,182 @@
 """Every durable point of the code, in every phase of a run: die there, run the same command, compare with a run
 that was never interrupted."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
+import ast
+import shutil
 from pathlib import Path
 
+import points
 import pytest
+from phases import KEEP_ALL, PHASES, STEPS, finish, kill
 
-from ratchet import digest, durable, journal, metrics
-from ratchet.audit import audit
+from ratchet import attempts, digest, durable, journal, metrics
 from ratchet.paths import RunPaths
 
-TOY = Path(__file__).with_name("toy.py")
-SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
-STEPS = 7
-FLAGS = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
-
-# Each named point, with the occurrences at which the toy dies. Kinds are those the toy publishes.
-KINDS = ("batch", "weights", "checkpoint")
-COMMIT = ("before_manifest", "before_rename", "after_rename", "committed")
-POINTS = {
-    **{f"{kind}.{place}": (1, 3, 4) for kind in KINDS for place in COMMIT},
-    "remove.after_rename": (1, 2, 5),
-    "replace.record.json.before_rename": (1, 2, 3),
-    "replace.run.toml.before_rename": (1, 2),
-    "create.before_rename": (1, 3),
-    "journal.before_append": (1, 2, 5),
-    "journal.after_append": (1, 2, 5),
-    "journal.before_trim": (1, 2),
-    "toy.before_row": (1, 4),
-    "toy.before_line": (1, 4),
-}
-# Reached only by a rollback, tested below.
-ROLLBACK_POINTS = {
-    "rollback.moved": (1, 2, 5),
-    "replace.record.json.before_rename": (1, 2),
-    "replace.trainer.jsonl.before_rename": (1,),
-    "replace.orchestrator.jsonl.before_rename": (1,),
-    "replace.ledger.jsonl.before_rename": (1, 2),
-    "batch.committed": (1,),
-    "checkpoint.before_rename": (1,),
-}
-# The toy has neither shards nor evaluations: the real programs die there in tests/e2e.
-ELSEWHERE = {"checkpoint.before_shards", "checkpoint.after_shards"}
-
-
-def run(root, *flags, steps=STEPS, crash_at=""):
-    return subprocess.run(
-        [sys.executable, str(TOY), str(root), str(steps), *flags],
-        env={**os.environ, "RATCHET_CRASH_AT": crash_at},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def finish(root, *flags, steps=STEPS):
-    done = run(root, *flags, steps=steps)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert audit(RunPaths(root)).findings == []
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The digest of a run that nobody interrupted."""
-    root = tmp_path_factory.mktemp("reference") / "run"
-    finish(root, *FLAGS)
-    return digest.parts(root)
-
-
-@pytest.mark.parametrize(("point", "count"), [(p, n) for p, counts in POINTS.items() for n in counts])
-def test_killed_at_a_durable_point_the_run_ends_the_same(tmp_path, reference, point, count):
-    root = tmp_path / "run"
-    first = run(root, *FLAGS, crash_at=f"{point}:{count}")
-    assert first.returncode == -signal.SIGKILL, f"{point}:{count} was never reached: {first.stderr}"
-    newest = max(durable.committed(RunPaths(root).checkpoints), default=0)
-    said = finish(root, *FLAGS)
-    if newest:
-        assert f"step {newest}" in said, "it did not continue at the newest commit"
-    assert digest.parts(root) == reference
+TESTS = Path(__file__).parents[1]
+SOURCE = TESTS.parent / "src" / "ratchet"
+CASES = [(phase, row.name) for phase in points.ALL for row in points.ROWS if phase in row.phases]
+# Where a rollout is finished and nowhere yet.
+LOSING = ("journal.before_append", "create.before_rename")
 
 
 def generated(root):
-    return [int(line) for line in root.with_name(f"{root.name}.generated").read_text().split()]
+    """The draws that were sampled, as often as they were."""
+    lines = root.with_name(f"{root.name}.generated")
+    return [int(line) for line in lines.read_text().split()] if lines.exists() else []
 
 
-JOURNAL_POINTS = (
-    "journal.before_append",
-    "journal.after_append",
-    "journal.before_trim",
-    "create.before_rename",
-)
+@pytest.mark.parametrize(("phase", "point"), CASES)
+def test_killed_at_the_first_a_middle_and_the_last_passage_the_run_ends_the_same(
+    toys, calm, tmp_path, phase, point
+):
+    last = calm(phase).passages[point]
+    for number in sorted({1, (1 + last) // 2, last}):
+        die_and_continue(toys, calm(phase), tmp_path, phase, point, number)
 
 
-@pytest.mark.parametrize("point", JOURNAL_POINTS)
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_finished_rollout_is_never_generated_again(tmp_path, reference, point, count):
-    root = tmp_path / "run"
-    lost = []
-    for times in (count, 1):
-        assert run(root, *FLAGS, crash_at=f"{point}:{times}").returncode == -signal.SIGKILL
-        if point in ("journal.before_append", "create.before_rename"):
-            lost.append(generated(root)[-1])  # finished a moment before, and nowhere yet
-    finish(root, *FLAGS)
-    assert sorted(generated(root)) == sorted([*range(STEPS + 3), *lost])
-    assert digest.parts(root) == reference
+@pytest.mark.campaign
+@pytest.mark.parametrize(("phase", "point"), CASES)
+def test_killed_at_any_passage_the_run_ends_the_same(toys, calm, tmp_path, phase, point):
+    for number in range(1, calm(phase).passages[point] + 1):
+        die_and_continue(toys, calm(phase), tmp_path, phase, point, number)
 
 
-def test_a_damaged_journal_is_refused_before_the_start_and_can_be_moved_aside(tmp_path):
-    root, keep_all = tmp_path / "run", ("--ckpt.interval", "2")
-    run(root, *keep_all, crash_at="batch.committed:4")
+def die_and_continue(toys, calm, tmp_path, phase, point, number):
+    folder, flags = tmp_path / str(number), PHASES[phase].flags
+    shutil.copytree(calm.start, folder)
+    root = folder / "run"
+    kill(toys, root, *flags, at=f"{point}:{number}")
+    newest, sampled = max(durable.committed(RunPaths(root).checkpoints), default=0), generated(root)
+    said = finish(toys, root, *flags).stdout
+    assert digest.parts(root) == calm.parts, f"{point}:{number}"
+    if phase == points.ROLLBACK:
+        check_superseded(root)
+    else:
+        assert not newest or f"step {newest}" in said, f"{point}:{number}: it did not continue at the newest"
+        lost = sampled[-1:] if point in LOSING else []
+        assert sorted(generated(root)) == sorted([*range(STEPS + 3), *lost]), f"{point}:{number}"
+
+
+def check_superseded(root):
+    """What a rollback moved aside is there, once."""
+    (aside,) = root.glob("superseded/*/metrics/trainer.jsonl")
+    assert [row["step"] for row in metrics.read(aside)] == [3, 4, 5, 6, 7]
+    (aside,) = root.glob("superseded/*/metrics/evals.jsonl")
+    assert [row["step"] for row in metrics.read(aside)] == [4, 7]
+    assert len(list(root.glob("superseded/*/batches/step_*"))) == 5
+    assert list(root.glob("superseded/*/journal/*.log"))
+
+
+@pytest.mark.parametrize("phase", points.ALL)
+def test_a_phase_is_what_its_name_says_and_passes_the_points_that_its_rows_state(calm, phase):
+    plan = attempts.read(RunPaths(calm(phase).root), attempts.numbers(RunPaths(calm(phase).root))[-1]).plan
+    assert plan.rollback == (phase == points.ROLLBACK)
+    assert (plan.next_batch > plan.step) == (phase == points.REPLAY)
+    assert plan.from_checkpoint == (phase != points.FRESH)
+    assert set(calm(phase).passages) == {point for name, point in CASES if name == phase}
+    assert calm(phase).parts == calm(points.FRESH).parts
+
+
+def test_a_damaged_journal_is_refused_before_the_start_and_can_be_moved_aside(toys, tmp_path):
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    kill(toys, root, *KEEP_ALL, at="batch.committed:4")
     path = journal.segments(RunPaths(root))[0]
     data = bytearray(path.read_bytes())
     data[60] ^= 1
     path.write_bytes(data)
     before = generated(root)
-    refused = run(root, *keep_all)
+    refused = toys.run(root, *KEEP_ALL, steps=STEPS)
     assert refused.returncode == 2
-    assert f"{path} is damaged at byte" in refused.stderr
+    assert f"{path.relative_to(tmp_path)} is damaged at byte" in refused.stderr
     assert path.exists()
-    said = finish(root, *keep_all, "--ckpt.resume-step", "-1", "--ckpt.on-corrupt", "fallback")
-    assert "its rollouts are sampled again" in said
+    done = finish(toys, root, *KEEP_ALL, "--ckpt.resume-step", "-1", "--ckpt.on-corrupt", "fallback")
+    assert "its rollouts are sampled again" in done.stdout
     assert [p.read_bytes() for p in root.glob(f"superseded/*/journal/{path.name}")] == [data]
     assert len(generated(root)) > len(set(generated(root))) >= len(before)
-    finish(tmp_path / "whole", *keep_all)
-    assert digest.parts(root) == digest.parts(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("point", sorted(POINTS))
-def test_killed_again_while_resuming_the_run_ends_the_same(tmp_path, reference, point):
-    root = tmp_path / "run"
-    assert run(root, *FLAGS, crash_at="batch.committed:5").returncode == -signal.SIGKILL
-    assert run(root, *FLAGS, crash_at=f"{point}:1").returncode == -signal.SIGKILL
-    finish(root, *FLAGS)
-    assert digest.parts(root) == reference
-
-
-@pytest.mark.parametrize(
-    ("point", "count"), [(p, n) for p, counts in ROLLBACK_POINTS.items() for n in counts]
-)
-def test_killed_inside_a_rollback_the_same_command_finishes_it(tmp_path, reference, point, count):
-    root = tmp_path / "run"
-    keep_all = ("--ckpt.interval", "2")
-    finish(root, *keep_all)
-    back = (*keep_all, "--ckpt.resume-step", "2")
-    first = run(root, *back, crash_at=f"{point}:{count}")
-    assert first.returncode == -signal.SIGKILL, f"{point}:{count} was never reached: {first.stderr}"
-    finish(root, *back)
-    whole = tmp_path / "whole"
-    finish(whole, *keep_all)
-    assert digest.parts(root) == digest.parts(whole)
-    (aside,) = root.glob("superseded/*/metrics/trainer.jsonl")
-    assert list(root.glob("superseded/*/journal/*.log"))
-    moved = metrics.read(aside)
-    assert [row["step"] for row in moved] == [3, 4, 5, 6, 7]
-
-
-def test_two_rollbacks_in_a_row_end_the_same(tmp_path):
-    keep_all = ("--ckpt.interval", "2")
-    root, whole = tmp_path / "run", tmp_path / "whole"
-    finish(root, *keep_all)
-    run(root, *keep_all, "--ckpt.resume-step", "4", crash_at="checkpoint.committed:1")
-    finish(root, *keep_all, "--ckpt.resume-step", "2")
-    finish(whole, *keep_all)
+    finish(toys, whole, *KEEP_ALL)
     assert digest.parts(root) == digest.parts(whole)
 
 
-def test_an_extended_run_equals_a_long_one(tmp_path):
-    keep_all = ("--ckpt.interval", "2")
+def test_two_rollbacks_in_a_row_end_the_same(toys, tmp_path):
     root, whole = tmp_path / "run", tmp_path / "whole"
-    finish(root, *keep_all, steps=4)
-    finish(root, *keep_all, "--ckpt.resume-step", "4", steps=8)
-    finish(whole, *keep_all, steps=8)
+    finish(toys, root, *KEEP_ALL)
+    kill(toys, root, *KEEP_ALL, "--ckpt.resume-step", "4", at="checkpoint.committed:1")
+    finish(toys, root, *KEEP_ALL, "--ckpt.resume-step", "2")
+    finish(toys, whole, *KEEP_ALL)
     assert digest.parts(root) == digest.parts(whole)
 
 
-def test_without_checkpoints_an_interrupted_run_starts_again_aloud(tmp_path):
+def test_an_extended_run_equals_a_long_one(toys, tmp_path):
     root, whole = tmp_path / "run", tmp_path / "whole"
-    assert run(root, crash_at="weights.committed:4").returncode == -signal.SIGKILL
-    assert "starting again at step 0" in finish(root)
-    finish(whole)
+    finish(toys, root, *KEEP_ALL, steps=4)
+    finish(toys, root, *KEEP_ALL, "--ckpt.resume-step", "4", steps=8)
+    finish(toys, whole, *KEEP_ALL, steps=8)
+    assert digest.parts(root) == digest.parts(whole)
+
+
+def test_without_checkpoints_an_interrupted_run_starts_again_aloud(toys, tmp_path):
+    root, whole = tmp_path / "run", tmp_path / "whole"
+    kill(toys, root, at="weights.committed:4")
+    assert "starting again at step 0" in finish(toys, root).stdout
+    finish(toys, whole)
     assert digest.parts(root)["metrics/trainer"] == digest.parts(whole)["metrics/trainer"]
 
 
-def test_every_durable_point_in_the_code_has_a_row():
-    """A new point without a test fails here."""
-    named = set()
-    for path in SOURCE.rglob("*.py"):
-        named |= set(re.findall(r'crash_point\(f?"([^"]+)"\)', path.read_text()))
-    expanded = set()
-    for name in named:
-        if name.startswith("{point}"):
-            expanded |= {name.replace("{point}", kind) for kind in KINDS}
-        elif "{path.name}" in name:
-            expanded |= {name.replace("{path.name}", f) for f in ("record.json", "run.toml")}
-        else:
-            expanded.add(name)
-    assert expanded - {*POINTS, *ROLLBACK_POINTS, *ELSEWHERE} == set()
+def calls(tree, name):
+    """The calls of a function or method of this name, each with the function that it stands in."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name:
+                    yield function.name, node
+
+
+def spelled(node):
+    """The name of a point as the code spells it: a string, or one with holes."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+            for part in node.values
+        )
+    assert isinstance(node, ast.Constant), f"a durable point is not named by a string: {ast.unparse(node)}"
+    return node.value
+
+
+def trees(*paths):
+    return {path: ast.parse(path.read_text()) for path in paths}
+
+
+def test_the_rows_are_the_durable_points_of_the_code():
+    """A new point without a test fails here, a new kind of directory, and a new file that is replaced."""
+    source = trees(*SOURCE.rglob("*.py"))
+    kinds = {
+        ast.literal_eval(keyword.value)
+        for tree in source.values()
+        for _, call in calls(tree, "Manifest")
+        for keyword in call.keywords
+        if keyword.arg == "kind"
+    }
+    replaced = {
+        f"{path.relative_to(SOURCE)} {function}"
+        for path, tree in source.items()
+        for function, call in calls(tree, "replace")
+        if ast.unparse(call.func).endswith("stage.replace")
+    }
+    assert replaced == set(points.REPLACED)
+    holes = {"{point}": kinds, "{path.name}": set().union(*points.REPLACED.values())}
+    found = set()
+    for tree in (*source.values(), *trees(Path(__file__).with_name("toy.py")).values()):
+        for _, call in calls(tree, "crash_point"):
+            names = {spelled(call.args[0])}
+            for hole, values in holes.items():
+                names = {name.replace(hole, value) for name in names for value in values}
+            found |= names
+    assert {row.name for row in points.ROWS} == found
+    assert len(points.ROWS) == len(found)
+
+
+def test_what_the_toy_does_not_have_the_real_programs_die_at():
+    real = "".join(path.read_text() for path in (TESTS / "e2e").glob("*.py"))
+    elsewhere = [row.name for row in points.ROWS if not row.phases]
+    assert elsewhere == ["checkpoint.before_shards", "checkpoint.after_shards"]
+    assert [name for name in elsewhere if f'"{name}:' not in real] == []

@@ -16,9 +16,10 @@ from ratchet.config import RLConfig
 from ratchet.config_io import load
 from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.launch.opening import open_attempt
-from ratchet.records import Sample
+from ratchet.records import Manifest, Sample
 
 AHEAD = 4
+EVAL_EVERY = 4
 EVER = 1 << 40
 
 
@@ -92,6 +93,7 @@ def save(stage, step, state, config, attempt):
     (directory / "trainer" / "state").write_text(state)
     entries = durable.seal(directory, ["trainer/state"])
     entries += checkpoint.copy_orchestrator_state(stage, directory, step)
+    durable.fsync_path(stage.paths.metric("trainer"))
     meta = {"metrics": metrics.mark(stage.paths.metric("trainer"))}
     checkpoint.commit(
         stage, directory, step=step, attempt=attempt, world_size=1, entries=entries, meta=meta, versions={}
@@ -136,10 +138,26 @@ def emit(stage, paths, step, attempt, rollouts):
         oldest_served=step,
     )
     durable.crash_point("toy.before_row")
-    metrics.append(stage, paths.metric("orchestrator"), row)
+    metrics.append(stage, paths.metric("orchestrator"), row, flush=True)
     durable.crash_point("toy.before_line")
     ledger.append(stage, ledger.line(step, samples, state))
     rollouts.settle(drawn)
+
+
+def evaluate(stage, step, attempt, max_steps):
+    """The orchestrator's part as well: policy `step` is evaluated once, where that is due, and its row appended."""
+    is_due = step % EVAL_EVERY == 0 or step == max_steps
+    if not is_due or durable.read_committed(stage.paths.eval(step)) is not None:
+        return
+    policy = (stage.paths.weight(step) / "model.safetensors").read_text()
+    row = {"step": step, "eval/toy/reward": policy}
+    directory = stage.begin(f"eval_{step}")
+    (directory / "toy.json").write_bytes(msgspec.json.encode([{"task": "eval/0", "completion": policy}]))
+    (directory / "metrics.json").write_bytes(msgspec.json.encode(row))
+    manifest = Manifest(kind="eval", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
+    stage.commit(directory, stage.paths.eval(step), manifest)
+    durable.crash_point("toy.before_eval_row")
+    metrics.append(stage, stage.paths.metric("evals"), row, flush=True)
 
 
 def main():
@@ -156,6 +174,7 @@ def main():
     publish_weights(stage, step, state, attempt)
     rollouts = Rollouts(stage, opened.record)
     while step < config.max_steps:
+        evaluate(stage, step, attempt, config.max_steps)
         # One batch ahead of training, as the asynchronous orchestrator is.
         emit(stage, paths, step, attempt, rollouts)
         if step + 1 < config.max_steps:
@@ -168,6 +187,7 @@ def main():
         prune(stage, step, config)
         if config.ckpt is not None and config.ckpt.is_due(step, config.max_steps):
             save(stage, step, state, config, attempt)
+    evaluate(stage, step, attempt, config.max_steps)
     retain(stage, step, config)
     opened.close(0, "complete")
     return 0

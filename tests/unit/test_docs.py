@@ -1,6 +1,8 @@
 """What the documentation shows is run: its blocks of Python are executed as they stand."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from ratchet.envs.base import Score, Transcript
@@ -29,3 +31,9 @@ def test_the_environments_of_the_docs_work_as_shown():
     assert env.step(task, said(first["content"], "2")) == [{"role": "user", "content": "higher"}]
     assert env.step(task, said(first["content"], "2", "higher", "4")) == Score(0.5, {"turns": 2.0})
     assert env.step(task, said(first["content"], "four")) == Score(0.0)
+
+
+def test_the_table_of_durable_points_is_that_of_the_tests_that_die_there():
+    command = [sys.executable, str(DOCS / "generate_crash_points.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

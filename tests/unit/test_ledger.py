@@ -111,6 +111,18 @@ def test_a_line_that_was_not_appended_before_a_crash_is_made_from_its_batch(stag
         assert written.read_bytes() == whole
 
 
+def test_a_last_line_with_a_hole_in_it_is_made_again_if_its_batch_is_there(stage, written):
+    whole, lines = written.read_bytes(), ledger.raw_lines(written)
+    torn = b"".join(lines[:-1]) + lines[-1][:20] + bytes(9) + lines[-1][29:]
+    written.write_bytes(torn)
+    ledger.restore(stage, 4)
+    assert written.read_bytes() == whole
+    written.write_bytes(torn)
+    stage.remove(stage.paths.batch(3))
+    ledger.restore(stage, 4)
+    assert written.read_bytes() == torn
+
+
 def test_a_rollback_cuts_the_lines_and_keeps_them_aside(stage, written, tmp_path):
     lines = ledger.raw_lines(written)
     aside = stage.paths.superseded / "002"

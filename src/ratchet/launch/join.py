@@ -65,13 +65,17 @@ def _wait_for_attempt(paths: RunPaths, wait_s: float) -> Record:
 
 
 def _take_over(paths: RunPaths, record: Record) -> int:
-    """Fence an older orchestrator of this attempt; returns the incarnation of the new one."""
+    """Fence an older orchestrator of this attempt; returns the incarnation of the new one.
+
+    Workshops are made by way of the launcher's: one that is late finds the attempt closed. Raises: Fenced
+    """
+    launcher = Stage(paths, attempts.token(record.attempt, "launcher", 0))
     prefix = attempts.token(record.attempt, "orchestrator", 0)[:-1]
     known = [int(n.rpartition(".")[2]) for n in os.listdir(paths.staging) if n.startswith(prefix)]
     incarnation = max(known, default=0) + 1
-    stage = Stage.open(paths, attempts.token(record.attempt, "joining", os.getpid()))
+    stage = launcher.open_for(attempts.token(record.attempt, "joining", os.getpid()))
     durable.revoke(paths, by=stage, prefix=prefix)
-    Stage.open(paths, attempts.token(record.attempt, "orchestrator", incarnation))
+    launcher.open_for(attempts.token(record.attempt, "orchestrator", incarnation))
     stage.directory.rmdir()
     return incarnation
 
@@ -79,11 +83,14 @@ def _take_over(paths: RunPaths, record: Record) -> int:
 def _watch(paths: RunPaths, record: Record, child: "subprocess.Popen[bytes]") -> int:
     while child.poll() is None:
         current = attempts.newest(paths)
-        ended = current is None or current.attempt != record.attempt or current.outcome is not None
-        if ended and not (current and current.outcome and current.outcome.code == EXIT_OK):
+        if current is None:
+            break  # the run directory is gone: the child says so, and ends
+        ended = current.attempt != record.attempt or current.outcome is not None
+        if ended and not (current.outcome and current.outcome.code == EXIT_OK):
             child.terminate()
             child.wait()
             return EXIT_STOPPED
         time.sleep(POLL_S)
-    has_closed = child.returncode == EXIT_FENCED and _open(paths) is None
-    return EXIT_STOPPED if has_closed else child.returncode
+    code = child.wait()
+    has_closed = code == EXIT_FENCED and _open(paths) is None
+    return EXIT_STOPPED if has_closed else code

@@ -7,13 +7,14 @@ repeated by the next start.
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, config_io, durable, metrics, resume
+from ratchet import attempts, config_io, durable, metrics, process, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage
@@ -43,6 +44,7 @@ class Attempt:
         self.record = attempts.write(
             self.stage, msgspec.structs.replace(self.record, outcome=Outcome(code, reason))
         )
+        Stage.current = None
         if not (others_go_on and code == EXIT_OK):
             durable.revoke(self.paths, by=self.stage)
         shutil.rmtree(self.stage.directory)
@@ -58,9 +60,31 @@ def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]
     Raises: Refusal, before anything of the run was touched.
     """
     paths = RunPaths(config.output_dir)
-    _make_root(paths)
-    lock = Lock(paths)
-    lock.acquire()
+    with _refusing(paths):
+        paths.root.mkdir(parents=True, exist_ok=True)
+        paths.staging.mkdir(exist_ok=True)
+        lock = Lock(paths)
+        lock.acquire()
+        return _open(kind, config, check, paths, lock)
+
+
+@contextmanager
+def _refusing(paths: RunPaths) -> Iterator[None]:
+    """A run directory that cannot be written is bad input, as long as nothing was started. Raises: Refusal"""
+    try:
+        yield
+    except OSError as error:
+        if process.is_about(error, paths.root) or not paths.staging.is_dir():
+            raise Refusal(
+                f"The run directory {paths.root} cannot be written ({process.reason(error)}): make it writable, "
+                "or choose another --output-dir."
+            ) from None
+        raise
+
+
+def _open(
+    kind: str, config: RunConfig, check: Callable[[], Fingerprints], paths: RunPaths, lock: Lock
+) -> Attempt | Plan:
     last = attempts.newest(paths)
     number = _next_number(paths)
     stage = Stage.open(paths, attempts.token(number, "launcher", 0))
@@ -74,7 +98,9 @@ def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]
             if last is not None and has_produced(paths):
                 fingerprints = _check_fingerprints(last.fingerprints, fingerprints)
             record = _begin(stage, kind, config, number, last, chosen, announced, fingerprints)
-            return Attempt(paths, lock, stage, _carry_out(stage, record), config)
+            record = _carry_out(stage, record)
+            stage.enter()
+            return Attempt(paths, lock, stage, record, config)
     except BaseException:
         shutil.rmtree(stage.directory, ignore_errors=True)
         lock.release()
@@ -82,16 +108,6 @@ def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]
     shutil.rmtree(stage.directory)
     lock.release()
     return chosen
-
-
-def _make_root(paths: RunPaths) -> None:
-    try:
-        paths.root.mkdir(parents=True, exist_ok=True)
-        paths.staging.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Refusal(
-            f"The run directory {paths.root} cannot be written ({error.strerror}): choose another --output-dir."
-        ) from None
 
 
 def _next_number(paths: RunPaths) -> int:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratchet import heartbeat
+from ratchet import attempts, heartbeat
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch.restarts import Pulse
@@ -46,8 +46,12 @@ class Program:
     def start(
         cls, paths: RunPaths, recipe: Recipe, *, attempt: int, incarnation: int, token: str, frozen_s: float
     ) -> "Program":
-        """Open the workshop and start every rank; their output goes to the recipe's log."""
-        workshop = Stage.open(paths, token).directory
+        """Open the workshop and start every rank; their output goes to the recipe's log.
+
+        Raises: Fenced if the launcher was replaced.
+        """
+        launcher = Stage(paths, attempts.token(attempt, "launcher", 0))
+        workshop = launcher.open_for(token).directory
         command = [sys.executable, "-m", f"ratchet.{recipe.role}"]
         command += [str(paths.root), str(attempt), str(incarnation), *recipe.arguments]
         processes = []

@@ -82,7 +82,7 @@ class Evaluator:
         row = _row(step, found)
         await asyncio.to_thread(_publish, self._run.stage, self._run.attempt, step, found, row)
         row["time/eval_s"] = time.monotonic() - started
-        metrics.append(self._run.stage, self._run.paths.metric("evals"), row)
+        metrics.append(self._run.stage, self._run.paths.metric("evals"), row, flush=True)
 
     async def _play_task(
         self, config: EvalConfig, step: int, label: str, env: Environment, index: int

@@ -187,7 +187,7 @@ class Orchestrator:
             oldest_served=oldest_served,
             temperature=self._config.orchestrator.sampling.temperature,
         )
-        metrics.append(stage, stage.paths.metric("orchestrator"), row)
+        metrics.append(stage, stage.paths.metric("orchestrator"), row, flush=True)
         ledger.append(stage, ledger.line(step, samples, state))
 
     def _faults(self, samples: list[Sample]) -> metrics.Row:
