@@ -9,6 +9,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--vllm-python", help="the interpreter of an environment with vLLM: its tests run too")
+
+
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -8,7 +8,7 @@ import enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_config import BaseConfig
 
 
@@ -245,11 +245,20 @@ class OrchestratorConfig(BaseConfig):
         return self.batch_size // self.group_size
 
 
+class VllmConfig(BaseConfig):
+    """The server of `engine = "vllm"`. Any other key here goes to vLLM: `tensor_parallel_size = 2`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    python: Free[Path | None] = None
+    """The interpreter of the environment that has vLLM; by default the one that runs this."""
+
+
 class InferenceConfig(BaseConfig):
     """The inference server."""
 
-    engine: Free[Literal["torch"]] = "torch"
-    """The embedded engine."""
+    engine: Announced[Literal["torch", "vllm"]] = "torch"
+    """The embedded engine, or a vLLM that is started in its place."""
     host: Free[str] = "127.0.0.1"
     port: Free[Annotated[int, Field(ge=0, le=65535)]] = 8000
     """0 takes a free port; a run that starts its own server always does."""
@@ -260,6 +269,7 @@ class InferenceConfig(BaseConfig):
     dtype: Announced[Literal["float32", "bfloat16"]] = "float32"
     threads: Announced[Positive] = 1
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+    vllm: VllmConfig = VllmConfig()
 
 
 class RunConfig(BaseConfig):

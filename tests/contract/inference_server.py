@@ -1,4 +1,7 @@
-"""A real inference server on a free port, published weights for it, and plain HTTP to talk to it."""
+"""A real inference server on a free port, published weights for it, and plain HTTP to talk to it.
+
+The suite runs on every engine; where two may differ, the difference is an attribute of their class here.
+"""
 
 import json
 import re
@@ -12,9 +15,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
-from ratchet import weights
+from ratchet import rng, weights
 from ratchet.config import ModelConfig
 from ratchet.durable import Stage
 from ratchet.models.build import build, save
@@ -23,6 +27,8 @@ from ratchet.paths import RunPaths
 ROOT = Path(__file__).parents[2]
 SLOTS = 4
 LONG = 2048
+TOLERANCE = 1e-4
+"""Between the logprobs of one policy, however they were computed in fp32."""
 
 
 def make_model(directory, **changes):
@@ -52,10 +58,71 @@ def publish(root, step, model, seed, change=None):
     return paths.weight(step)
 
 
-def command(port, model, *more):
+class Torch:
+    """The embedded engine: its answers are a function of weights, prompt and seed, bit for bit."""
+
+    name = "torch"
+    settings = {}
+    facts = {"threads": 1, "batch_invariant": True}
+    does = frozenset()
+    """What the others refuse by name."""
+    stopping = "503"
+    """What a client is told whose request is cut by a server that stops."""
+
+    @staticmethod
+    def options():
+        return []
+
+    @staticmethod
+    def seed_of_choice(seed, index):
+        return rng.derive(seed, "n", index)
+
+    @staticmethod
+    def are_equal(one, other):
+        """Whether two answers to one request are the same."""
+        return one == other
+
+    @staticmethod
+    def assert_sampled_from(directory, choice, prompt, seed):
+        """An answer is that of a policy which was never anything else."""
+        assert values(choice) == in_this_process(directory, prompt, seed, len(choice["token_ids"]))
+        assert_logprobs(directory, prompt, *values(choice))
+
+
+class Vllm:
+    """vLLM: its answers have the logprobs of the policy; of other requests in flight they may keep a trace."""
+
+    name = "vllm"
+    facts = {"weight_transfer": "ratchet", "logprobs_mode": "processed_logprobs"}
+    does = frozenset({"top_p", "top_k", "logprobs", "presence_penalty", "stream"})
+    stopping = ""
+
+    def __init__(self, python):
+        self.python = python
+        self.settings = {"engine": "vllm", "vllm": {"python": python}}
+
+    def options(self):
+        return ["--inference.engine", "vllm", "--inference.vllm.python", self.python]
+
+    @staticmethod
+    def seed_of_choice(seed, index):
+        return seed + index
+
+    @staticmethod
+    def are_equal(one, other):
+        (tokens, logprobs), (other_tokens, other_logprobs) = one, other
+        return tokens == other_tokens and logprobs == pytest.approx(other_logprobs, abs=TOLERANCE)
+
+    @staticmethod
+    def assert_sampled_from(directory, choice, prompt, seed):
+        assert_logprobs(directory, prompt, *values(choice))
+
+
+def command(engine, port, model, *more):
     return [
         Path(sys.executable).parent / "inference", "--model.name", model, "--model.random-init",
-        "--inference.port", port, "--inference.slots", SLOTS, "--inference.max-model-len", LONG, *more,
+        "--inference.port", port, "--inference.slots", SLOTS, "--inference.max-model-len", LONG,
+        *engine.options(), *more,
     ]  # fmt: skip
 
 
@@ -104,7 +171,7 @@ class Server:
         """One request that must be refused; returns the sentence."""
         found, answer = self.call("POST", path, {} if body is None else body)
         assert found == status, (path, found, answer)
-        assert set(answer["error"]) == {"message", "type", "code"}
+        assert set(answer["error"]) >= {"message", "type", "code"}
         return answer["error"]["message"]
 
     def info(self):
@@ -173,3 +240,17 @@ def in_this_process(directory, prompt, seed, count):
     engine.submit(sequence)
     engine.run()
     return sequence.token_ids, sequence.logprobs
+
+
+def logprobs_of(directory, prompt, token_ids):
+    """What a policy gives each token of an answer, by one plain forward pass of the model itself."""
+    torch.set_num_threads(1)
+    model = build(ModelConfig(name=str(directory), attention="eager"), seed=0).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + token_ids]), use_cache=False).logits[0].double()
+    chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return chosen.gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+
+
+def assert_logprobs(directory, prompt, token_ids, logprobs):
+    assert logprobs == pytest.approx(logprobs_of(directory, prompt, token_ids), abs=TOLERANCE)

@@ -58,12 +58,15 @@ def _rl() -> int:
 
 
 def _check_rl(config: RLConfig) -> Fingerprints:
+    from ratchet.inference.vllm import command
     from ratchet.models.check import check_model
     from ratchet.orchestrator.check import check, probe
 
     found = {"model": check_model(config.model), **check(config)}
     if config.inference is None:
         probe(config)
+    elif config.inference.engine == "vllm":
+        command.check(config)
     return found
 
 
@@ -110,5 +113,8 @@ def _inference() -> int:
 
     check_model(config.model)
     from ratchet.inference.__main__ import serve
+    from ratchet.inference.vllm import command
 
+    if config.inference is not None and config.inference.engine == "vllm":
+        command.check(config)
     return serve(config)

@@ -14,6 +14,7 @@ from ratchet import attempts, heartbeat, log, process
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
+from ratchet.inference.vllm.command import become
 
 
 def main() -> int:
@@ -50,6 +51,9 @@ def serve(config: RLConfig) -> int:
 def _serve(
     config: RLConfig, listener: socket.socket, say: Callable[[str], object], stage: Stage | None = None
 ) -> int:
+    assert config.inference is not None
+    if config.inference.engine == "vllm":
+        become(config, listener.fileno(), stage.directory if stage is not None else None)
     # Read by cuBLAS when it starts, so before torch is imported.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from ratchet.inference.serving import serve_on

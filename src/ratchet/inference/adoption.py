@@ -6,11 +6,11 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.errors import Damaged, Refusal
-from ratchet.models.build import read_tensors
 
 UNLABELLED = "unlabelled"
 """The version of weights that were loaded and not yet named: no token is sampled under it."""
@@ -44,6 +44,14 @@ def read(directory: Path, expected_architecture: str) -> dict[str, torch.Tensor]
         return read_tensors(directory)
     except (OSError, SafetensorError) as error:
         raise Damaged(f"The tensors of {directory} cannot be read: {error}.") from None
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model, by name, on the CPU. Tied ones are there once."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
 
 
 def match(

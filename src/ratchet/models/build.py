@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -51,14 +51,6 @@ def _from_seed(model: ModelConfig, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=model.attention
         )
-
-
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved model, by name, on the CPU. Tied ones are there once."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
 
 
 def read_config(directory: Path) -> dict[str, Any]:
