@@ -71,10 +71,12 @@ def planned(listing, request) -> Plan | None:
     try:
         found = plan(listing, request)
     except Refusal as refusal:
-        assert str(refusal).endswith(".")
-        return None
-    assert isinstance(found, Plan)
-    return found
+        sentence = str(refusal)
+    else:
+        assert isinstance(found, Plan)
+        return found
+    assert sentence.endswith(".")
+    return None
 
 
 def decided(listing, request) -> Plan:
