@@ -3,7 +3,6 @@
 Needs the `tokenizers` library and jinja only, so that the orchestrator and the checks run without torch.
 """
 
-import datetime
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -32,6 +31,8 @@ Message = dict[str, Any]
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Marks around what the model itself says; from a private-use area, so no text contains them.
 _OPEN, _CLOSE, _CONTENT = "\ue0a0", "\ue0a1", "\ue0a2"
+# What templates call for today's date. It is not there: templates that look first have a date of their own.
+_CLOCK = "strftime_now"
 
 
 class _Generation(jinja2.ext.Extension):
@@ -92,7 +93,6 @@ class Chat:
         environment.filters["tojson"] = _to_json
         environment.globals |= {
             "raise_exception": _raise,
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
             "marks_generation": marks_generation,
         }
         try:
@@ -107,6 +107,11 @@ class Chat:
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
         except (jinja2.TemplateError, TypeError) as error:
+            if _CLOCK in str(error):
+                raise Refusal(
+                    f"The chat template of {self._name} asks for today's date, with which a run that continues "
+                    f"tomorrow would be another run: write a date in place of {_CLOCK}(...)."
+                ) from None
             raise Refusal(f"The chat template of {self._name} refuses these messages: {error}.") from None
 
     def encode(self, text: str) -> list[int]:

@@ -5,7 +5,7 @@
 A scenario is one run in one mode. It is started, and a victim is killed with SIGKILL at a random instant: mostly
 after new progress, sometimes while it starts. Now and then the next command rolls the run back, and is killed too.
 The last start runs to its end; then everything is compared with a run of the same settings that nobody disturbed.
-The same command continues an interrupted campaign.
+The same command continues an interrupted campaign. `--jobs` plays several scenarios at a time, each on two cores.
 
 It prints kills by victim and by phase, what was committed and resumed, and counts of what must be zero: commits
 lost, draws lost or doubled, damaged directories, differing digests, replays that differ, processes that outlived
@@ -21,8 +21,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,55 +88,84 @@ MODES = {
 class Campaign:
     """Counts of everything so far; kept in a file, so that the campaign can be interrupted."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, modes: list[str]) -> None:
         self.root = root
         self.seed = seed
+        self.modes = modes
         self.counts: Counter[str] = Counter()
-        self.done = 0
+        self.finished: set[int] = set()
         self.notes: list[str] = []
         root.mkdir(parents=True, exist_ok=True)
         self._file = root / "campaign.json"
         if self._file.exists():
             saved = json.loads(self._file.read_text())
-            self.counts, self.done, self.notes = Counter(saved["counts"]), saved["done"], saved["notes"]
+            self.counts, self.notes = Counter(saved["counts"]), saved["notes"]
+            self.finished = set(saved["finished"])
+        self._begun = set(self.finished)
+        self._lock = threading.Lock()
+        self._calm = {name: threading.Lock() for name in modes}
 
     @property
     def kills(self) -> int:
         return sum(n for name, n in self.counts.items() if name.startswith("kill/"))
 
-    def save(self) -> None:
-        saved = {"counts": dict(sorted(self.counts.items())), "done": self.done, "notes": self.notes}
-        self._file.write_text(json.dumps(saved, indent=1))
+    def next(self) -> int:
+        """The number of a scenario that nobody has begun."""
+        with self._lock:
+            number = next(n for n in range(len(self._begun) + 1) if n not in self._begun)
+            self._begun.add(number)
+            return number
 
-    def problem(self, what: str, detail: str) -> None:
-        self.counts[what] += 1
-        self.notes.append(f"scenario {self.done}: {what}: {detail}"[:2000])
+    def add(self, number: int, counts: Counter[str], notes: list[str]) -> None:
+        """Keep what a scenario has shown."""
+        with self._lock:
+            self.counts += counts
+            self.notes += notes
+            self.finished.add(number)
+            saved = {"counts": dict(sorted(self.counts.items())), "notes": self.notes}
+            self._file.write_text(json.dumps(saved | {"finished": sorted(self.finished)}, indent=1))
+            sys.stdout.write(f"{self.kills} kills, {len(self.notes)} problems\n")
+            sys.stdout.flush()
 
     def reference(self, name: str) -> str:
         """The digest of an undisturbed run of a mode."""
         root = self.root / f"calm_{name}"
-        if not (root / "finished").exists():
-            shutil.rmtree(root, ignore_errors=True)
-            code, said = Scenario(MODES[name], root).finish()
-            if code != 0:
-                raise SystemExit(f"an undisturbed run of {name} fails:\n{said}")
-            (root / "finished").touch()
+        with self._calm[name]:
+            if not (root / "finished").exists():
+                shutil.rmtree(root, ignore_errors=True)
+                code, said = Scenario(MODES[name], root).finish()
+                if code != 0:
+                    raise SystemExit(f"an undisturbed run of {name} fails:\n{said}")
+                (root / "finished").touch()
         return run_digest(root)
 
+
+class Trial:
+    """One run under fire, to its end, and what is said of it."""
+
+    def __init__(self, campaign: Campaign, number: int) -> None:
+        self._campaign = campaign
+        self.number = number
+        self.name = campaign.modes[number % len(campaign.modes)]
+        self.counts: Counter[str] = Counter()
+        self.notes: list[str] = []
+
+    def problem(self, what: str, detail: str) -> None:
+        self.counts[what] += 1
+        self.notes.append(f"scenario {self.number}: {what}: {detail}"[:2000])
+
     def play(self, kills: int) -> None:
-        """One run under fire, to its end."""
-        rng = random.Random(f"{self.seed}/{self.done}")
-        name = list(MODES)[self.done % len(MODES)]
-        scenario = Scenario(MODES[name], self.root / f"run_{self.done}")
+        rng = random.Random(f"{self._campaign.seed}/{self.number}")
+        scenario = Scenario(MODES[self.name], self._campaign.root / f"run_{self.number}")
         shutil.rmtree(scenario.root, ignore_errors=True)
         floor = 0
         for _ in range(kills):
             if rng.random() < 0.2 and (step := scenario.roll_back(rng)) is not None:
                 floor = step
-            victim = rng.choice(MODES[name].victims)
+            victim = rng.choice(scenario.mode.victims)
             if not scenario.start_and_kill(victim, rng):
                 break
-            self.counts[f"kill/{name}/{victim}"] += 1
+            self.counts[f"kill/{self.name}/{victim}"] += 1
             self.counts[f"phase/{scenario.phase()}"] += 1
             scenario.wait_for_none(5.0)
             for pid in processes_of(scenario.root):
@@ -146,16 +177,14 @@ class Campaign:
         code, said = scenario.finish()
         if code != 0:
             self.problem("failed", said[-1500:])
-        self._judge(name, scenario)
+        self._judge(scenario)
         self.counts["runs"] += 1
-        self.done += 1
-        self.save()
 
-    def _judge(self, name: str, scenario: "Scenario") -> None:
+    def _judge(self, scenario: "Scenario") -> None:
         mode, root = scenario.mode, scenario.root
         self.counts.update(scenario.tally())
-        if mode.repeats and run_digest(root) != self.reference(name):
-            self.problem("digest_differs", f"{root} against calm_{name}")
+        if mode.repeats and run_digest(root) != self._campaign.reference(self.name):
+            self.problem("digest_differs", f"{root} against calm_{self.name}")
         self._ask("damaged", "ckpt", "verify", root)
         if mode.command == "rl":
             self._ask("draws_lost_or_doubled", "ckpt", "audit", root)
@@ -321,13 +350,21 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("outputs/campaign"))
     parser.add_argument("--kills-per-run", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     arguments = parser.parse_args()
-    campaign = Campaign(arguments.root.resolve(), arguments.seed)
+    campaign = Campaign(arguments.root.resolve(), arguments.seed, arguments.modes)
     assert (BIN / "rl").exists(), "run it with `uv run python`"
-    while campaign.kills < arguments.kills:
-        campaign.play(min(arguments.kills_per_run, arguments.kills - campaign.kills))
-        sys.stdout.write(f"{campaign.kills} kills, {len(campaign.notes)} problems\n")
-        sys.stdout.flush()
+
+    def play() -> None:
+        while (missing := arguments.kills - campaign.kills) > 0:
+            trial = Trial(campaign, campaign.next())
+            trial.play(min(arguments.kills_per_run, missing))
+            campaign.add(trial.number, trial.counts, trial.notes)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for worker in [pool.submit(play) for _ in range(arguments.jobs)]:
+            worker.result()
     sys.stdout.write(report(campaign) + "\n")
     return 1 if campaign.notes else 0
 

@@ -1,14 +1,17 @@
-"""A disk that cannot take a checkpoint: the run goes on, tries again, and stops with its own code in the end.
+"""A run directory that cannot take what a run writes: full, gone, read-only, or in use.
 
-The shortage is the kernel's: a limit on the size of a file, below that of a shard and above that of a policy.
+A full disk is the kernel's limit on the size of a file, below that of a shard and above that of a policy: the run
+goes on, tries again, and stops with its own code in the end.
 """
 
 import re
 import resource
+import shlex
+import subprocess
 
 import pytest
 
-from programs import last_step, processes_of, rows, run, start, wait_until
+from programs import BIN, ROOT, last_step, processes_of, rows, run, start, wait_until
 from ratchet.durable import committed
 
 EXAMPLE = ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "16")
@@ -63,3 +66,59 @@ def test_after_so_many_failures_it_stops_with_exit_74_and_the_same_command_conti
     said = run("sft", *command)
     assert re.search(f"Continuing at step {last}", said)
     assert max(committed(tmp_path / "checkpoints")) == 40
+
+
+def test_a_run_directory_that_vanishes_ends_the_run_and_brought_back_it_continues(tmp_path):
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    command = (*EXAMPLE, "--output-dir", root, "--ckpt.interval", "3")
+    process = start("sft", *command)
+    wait_until(lambda: committed(root / "checkpoints"), process=process)
+    root.rename(elsewhere)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 74, output
+    assert f"The run directory {root} is gone" in output
+    assert processes_of(root) == []
+    assert not root.exists()
+    elsewhere.rename(root)
+    assert "Continuing at step" in run("sft", *command)
+    assert [row["step"] for row in rows(root)] == list(range(1, 41))
+
+
+READ_ONLY = """
+mount --bind {root} {root}
+mount -o remount,ro,bind {root}
+exec {command}
+"""
+
+
+def read_only(root, command):
+    """A command for which the file system under a run is read-only; root may write anywhere else."""
+    script = READ_ONLY.format(root=root, command=shlex.join(command))
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-ec", script],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_read_only_run_directory_is_refused_before_anything_starts(tmp_path):
+    command = (*EXAMPLE, "--output-dir", tmp_path, "--max-steps", "4", "--ckpt.interval", "2")
+    run("sft", *command)
+    before = sorted(tmp_path.rglob("*"))
+    again = [
+        str(word) for word in (BIN / "sft", *command[:-4], "--max-steps", "8", "--ckpt.resume-step", "-1")
+    ]
+    code, said = read_only(tmp_path, again)
+    assert code == 2, said
+    assert f"The run directory {tmp_path} cannot be written (Read-only file system" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_launcher_on_one_directory_is_refused_and_disturbs_nothing(tmp_path):
+    command = (*EXAMPLE, "--output-dir", tmp_path, "--ckpt.interval", "3")
+    process = start("sft", *command)
+    wait_until(lambda: last_step(tmp_path), process=process)
+    assert f"{tmp_path} is in use by another launcher" in run("sft", *command, code=2)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert len(list((tmp_path / "attempts").iterdir())) == 1

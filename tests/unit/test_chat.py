@@ -75,6 +75,15 @@ def test_a_template_that_rewrites_history_is_refused_for_several_turns(tmp_path)
         chat.render_more(TALK, [{"role": "user", "content": "again"}])
 
 
+def test_a_prompt_does_not_depend_on_the_day(tmp_path):
+    says_today = "{{ strftime_now('%d %b %Y') }}"
+    with pytest.raises(Refusal, match="would be another run: write a date in place"):
+        with_template(tmp_path / "a", says_today).render(TALK)
+    looks_first = "{% if strftime_now is defined %}" + says_today + "{% else %}26 jul{% endif %}"
+    chat = with_template(tmp_path / "b", looks_first)
+    assert show(chat, chat.render(TALK)) == "26 jul"
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(Refusal, match="does not exist"):
         Chat.load(str(tmp_path / "nothing" / "here"))
