@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from programs import BIN, kill, last_step, processes_of, run_digest, start
+from programs import BIN, kill, last_step, processes_of, run_digest, start, wait_until
 from ratchet import attempts, durable
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
@@ -252,13 +252,14 @@ class Scenario:
                 self._kill("", rng)
             kill(process)
             return is_alive
+        wait_until(lambda: processes_of(self.root, victim) or process.poll() is not None)
         self._kill(victim, rng)
         if self.mode.restarts_roles:
             # The launcher replaces the victim; it is killed later, at another random instant.
             time.sleep(rng.uniform(0, 6))
             kill(process)
         else:
-            process.communicate(timeout=60)
+            process.communicate()
         return is_alive
 
     def _wait_for_progress(self, process: "subprocess.Popen[str]", before: int) -> None:

@@ -18,7 +18,6 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
@@ -32,6 +31,7 @@ from ratchet.records import FileEntry, Progress
 from ratchet.trainer import schedule
 from ratchet.trainer.optim import Optimizer
 from ratchet.trainer.schedule import ScheduleRecord
+from ratchet.trainer.staging import Staging
 from ratchet.trainer.world import World
 
 PROGRESS = "progress.json"
@@ -74,7 +74,7 @@ class Checkpointer:
         """The step of a save in flight."""
         self._error: BaseException | None = None
         self._failures = 0
-        self._stager: DefaultStager | None = None
+        self._staging = Staging(world.device)
 
     def restore(self, state: TrainerState, step: int) -> None:
         """Load checkpoint `step` into the live tensors.
@@ -109,7 +109,8 @@ class Checkpointer:
             self._run(step, directory, meta, state.tensors())
             self.poll()
             return
-        staged = self._stage(state.tensors())
+        # The buffers are free again: the save before has ended.
+        staged = self._staging.copy(state.tensors())
         self._thread = threading.Thread(
             target=self._run, args=(step, directory, meta, staged), name=f"save-{step}", daemon=True
         )
@@ -153,22 +154,6 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
         self.poll()
-
-    def _stage(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Copy the state to buffers that are reused: free again, because the save before has ended."""
-        if self._stager is None:
-            pinned = self._world.device.type == "cuda"
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=pinned,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=pinned,
-                )
-            )
-        staged = self._stager.stage(tensors)
-        assert isinstance(staged, dict)
-        return staged
 
     def _begin(self, state: TrainerState) -> tuple[Path | None, dict[str, Any]]:
         """Write the small files and take the marks that belong to this step, before anything moves on.
