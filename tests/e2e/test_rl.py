@@ -53,6 +53,7 @@ def test_deterministic_ten_plus_ten_equals_twenty(tmp_path):
     assert run_digest(parts) == run_digest(whole)
 
 
+@pytest.mark.campaign
 def test_without_restarts_deterministic_survives_the_death_of_each_program(tmp_path):
     steps = ("--max-steps", "8", "--ckpt.interval", "3")
     command = (*ALONE, "--deterministic", *steps, "--launch.max-restarts", "0")
@@ -88,6 +89,7 @@ def kill_after_a_step(process, root, rng):
     kill(process)
 
 
+@pytest.mark.campaign
 def test_ten_kills_of_the_whole_run_and_the_same_command_each_time(tmp_path):
     rng, root = random.Random(7), tmp_path / "run"
     command = (*ALONE, "--output-dir", root, "--ckpt.interval", "2")

@@ -33,11 +33,19 @@ def straight(tmp_path_factory):
     return root
 
 
-def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--data.batch-size", "64"), id="small"),
+        pytest.param((), id="as shipped", marks=pytest.mark.campaign),
+    ],
+)
+def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path, flags):
+    command = ("sft", *EXAMPLE, *flags, "--output-dir")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("sft", *EXAMPLE, "--output-dir", whole, "--ckpt")
-    run("sft", *EXAMPLE, "--output-dir", parts, "--max-steps", "20", "--ckpt")
-    said = run("sft", *EXAMPLE, "--output-dir", parts, "--max-steps", "40", "--ckpt.resume-step", "20")
+    run(*command, whole, "--ckpt")
+    run(*command, parts, "--max-steps", "20", "--ckpt")
+    said = run(*command, parts, "--max-steps", "40", "--ckpt.resume-step", "20")
     assert "Resuming at step 20" in said
     expected = plain_dcp(whole / "checkpoints" / "step_40" / "trainer")
     found = plain_dcp(parts / "checkpoints" / "step_40" / "trainer")
@@ -48,7 +56,7 @@ def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert rows(parts) == rows(whole)
     assert len(rows(whole)) == 40
-    assert rows(whole)[-1]["loss"] < 0.5 * rows(whole)[0]["loss"]
+    assert rows(whole)[-1]["loss"] < 0.7 * rows(whole)[0]["loss"]
 
 
 def test_the_published_model_loads_as_a_hugging_face_model(straight):
