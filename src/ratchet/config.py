@@ -5,10 +5,11 @@ Each leaf carries a mark that says what may happen to it on resume:
 """
 
 import enum
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_config import BaseConfig
 
 
@@ -27,6 +28,22 @@ Fixed = Annotated[T, OnResume.FIXED]
 Positive = Annotated[int, Field(ge=1)]
 
 
+class LoraConfig(BaseConfig):
+    """Low-rank adapters beside linear layers; only they are trained. Needs the extra `lora` (peft)."""
+
+    rank: Fixed[Positive] = 16
+    """Inner dimension of an adapter."""
+    alpha: Fixed[float] = Field(default=32.0, gt=0)
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: Announced[float] = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that each update leaves out, drawn from the seed and the step."""
+    target_modules: Fixed[list[str]] = [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ]
+    """Which linear layers have an adapter, by the end of their name."""
+
+
 class ModelConfig(BaseConfig):
     """Which model, and where its tokenizer comes from."""
 
@@ -38,6 +55,27 @@ class ModelConfig(BaseConfig):
     """A directory or hub name of the tokenizer; by default the model's own."""
     attention: Announced[Literal["sdpa", "eager", "flash_attention_2"]] = "sdpa"
     """The attention kernel of transformers. On a CPU in bf16, eager trains faster."""
+    freeze: Fixed[list[str]] = []
+    """Regular expressions: a parameter in whose name one is found keeps its value."""
+    lora: LoraConfig | None = None
+
+    @field_validator("freeze")
+    @classmethod
+    def _check_freeze(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.freeze and self.lora is not None:
+            raise ValueError(
+                "freeze and lora exclude each other: with lora everything but the adapters is frozen"
+            )
+        return self
 
 
 class CkptConfig(BaseConfig):
@@ -80,6 +118,8 @@ class LaunchConfig(BaseConfig):
     """The pause before a restart; it doubles with each recent one."""
     frozen_s: Free[float] = Field(default=60.0, ge=2)
     """A program that gives no sign of life for so long is replaced. A long step or wait gives signs of life."""
+    join_s: Free[float] = Field(default=600.0, gt=0)
+    """How long a node of the trainer waits for the first one to open the run."""
 
 
 class OptimConfig(BaseConfig):
@@ -109,21 +149,57 @@ class SchedulerConfig(BaseConfig):
     """The learning rate at the horizon and after it, relative to the peak."""
 
 
+class ParallelConfig(BaseConfig):
+    """How the trainer's processes share the model."""
+
+    replicate: Announced[Positive] = 1
+    """So many copies of the model, each sharded over an equal part of the processes (HSDP); 1 shards over all."""
+
+
 class TrainerConfig(BaseConfig):
     """The trainer's own knobs."""
 
     optim: OptimConfig = OptimConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     micro_batch_tokens: Announced[Positive] = 8192
-    """Upper bound for rows x padded length of one forward pass; gradients accumulate over micro-batches."""
+    """Upper bound for rows x padded length of one forward pass of one process; gradients accumulate over them."""
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
     """bf16 runs matrix products under autocast; weights, gradients and optimizer stay in fp32."""
-    activation_checkpointing: Announced[bool] = False
+    activation_checkpointing: Announced[Literal["none", "full"]] = "none"
+    """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass."""
+    compile: Announced[bool] = False
+    """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
     nproc: Announced[Positive] = 1
-    """Trainer processes on this machine, over which the model is sharded; a GPU each, where there are GPUs."""
+    """Trainer processes on a machine, over which the model is sharded; a GPU each, where there are GPUs."""
+    nnodes: Announced[Positive] = 1
+    """Machines that train together, `nproc` processes on each; all see the run directory."""
+    node_rank: Free[int] = Field(default=0, ge=0)
+    """Which of them this is. Node 0 opens the run and decides; the others join it with the same command."""
+    rendezvous: Free[str | None] = None
+    """`host:port` of node 0, where the processes of several machines meet; the port is free to choose."""
     threads: Announced[Positive] = 1
     """CPU threads of each trainer process; part of what makes results repeatable."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainerConfig":
+        if self.ranks % self.parallel.replicate:
+            raise ValueError(
+                f"parallel.replicate {self.parallel.replicate} must divide the {self.ranks} processes "
+                "(nnodes x nproc)"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")
+        host, _, port = (self.rendezvous or "").rpartition(":")
+        if self.nnodes > 1 and not (host and port.isdigit()):
+            raise ValueError("several nodes need rendezvous = 'HOST:PORT', an address of node 0")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Trainer processes on all machines."""
+        return self.nnodes * self.nproc
 
 
 class LossConfig(BaseConfig):

@@ -35,7 +35,8 @@ def disk_warning(config: RunConfig, free_bytes: int | None = None) -> str | None
     ckpt = config.ckpt
     saves = 1 if ckpt.interval is None else -(-config.max_steps // ckpt.interval)
     kept = saves if ckpt.keep_last is None else min(saves, ckpt.keep_last + 1)
-    needed = parameters * (kept * (_CHECKPOINT_BYTES + _POLICY_BYTES) + 2 * _POLICY_BYTES)
+    checkpoint_bytes = 0 if config.model.lora else _CHECKPOINT_BYTES  # adapters alone are next to nothing
+    needed = parameters * (kept * (checkpoint_bytes + _POLICY_BYTES) + 2 * _POLICY_BYTES)
     free = shutil.disk_usage(config.output_dir).free if free_bytes is None else free_bytes
     if needed <= free:
         return None

@@ -23,6 +23,8 @@ def check_model(model: ModelConfig) -> str:
         raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
     if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise Refusal("model.attention is flash_attention_2, but the package flash-attn is not installed.")
+    if model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise Refusal("model.lora needs the package peft: install `ratchet[lora]`.")
     if model.random_init:
         return durable.hash_file(directory / "config.json")
     if not Path(model.name).is_dir():

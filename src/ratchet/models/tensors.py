@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint without a trainer: read by name, compared, exported."""
+"""The tensors of a model, gathered; those of a checkpoint without a trainer: read by name, compared, exported."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,10 +9,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from transformers import PreTrainedModel
 
 from ratchet import checkpoint
-from ratchet.config import ModelConfig
-from ratchet.models import build
+from ratchet.config import LoraConfig, ModelConfig
+from ratchet.models import adapters, build
+from ratchet.models.trainable import build_trainable
 
 _MODEL = "model."
 _GROUP_BYTES = 1 << 30
@@ -45,16 +47,59 @@ def read(directory: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str,
     return tensors
 
 
+def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """Every parameter and saved buffer, whole and on the CPU; tied ones appear once.
+
+    All ranks call it, because shards are gathered; those that do not keep the result copy nothing to the host.
+    """
+    own = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(own)
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    whole: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if is_kept:
+            whole[name] = tensor.detach().cpu()
+    return whole
+
+
 def export(directory: Path, target: Path, model: ModelConfig, *, dtype: str) -> int:
     """Write the model of a checkpoint as a Hugging Face directory; returns the number of tensors."""
-    wanted = {name: entry for name, entry in schema(directory).items() if name.startswith(_MODEL)}
-    kind: torch.dtype = getattr(torch, dtype)
-    tensors = {
-        name.removeprefix(_MODEL): tensor.to(kind) if tensor.is_floating_point() else tensor
-        for name, tensor in read(directory, wanted).items()
-    }
+    tensors = _cast(_model_of(directory), dtype)
     build.save(target, tensors, model)
     return len(tensors)
+
+
+def export_adapter(directory: Path, target: Path, model: ModelConfig, lora: LoraConfig, *, dtype: str) -> int:
+    """Write the adapters of a checkpoint as peft loads them; returns the number of tensors."""
+    tensors = _cast(_model_of(directory), dtype)
+    adapters.save(target, tensors, lora, model.name)
+    return len(tensors)
+
+
+def export_merged(
+    directory: Path, target: Path, model: ModelConfig, lora: LoraConfig, *, seed: int, dtype: str
+) -> int:
+    """Write the base model with a checkpoint's adapters added, as a Hugging Face directory.
+
+    Raises: Refusal if the base is not the one that the adapters were trained beside.
+    """
+    module, base = build_trainable(model, seed=seed)
+    assert base is not None
+    adapters.check_base(directory, base)
+    tensors = _cast(adapters.merged(full_tensors(module) | _model_of(directory), lora), dtype)
+    build.save(target, tensors, model)
+    return len(tensors)
+
+
+def _model_of(directory: Path) -> dict[str, torch.Tensor]:
+    wanted = {name: entry for name, entry in schema(directory).items() if name.startswith(_MODEL)}
+    return {name.removeprefix(_MODEL): tensor for name, tensor in read(directory, wanted).items()}
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    kind: torch.dtype = getattr(torch, dtype)
+    return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def differences(a: Path, b: Path) -> list[TensorDifference]:

@@ -28,8 +28,9 @@ def main() -> int:
     from ratchet.trainer.world import open_world, set_determinism
 
     heartbeat.start(assignment.stage, rank)
-    set_determinism(assignment.config.trainer.threads)
-    world = open_world(assignment.config.trainer.device)
+    trainer = assignment.config.trainer
+    set_determinism(trainer.threads)
+    world = open_world(trainer.device, trainer.parallel.replicate)
     try:
         Trainer(assignment, world, lambda: bool(_asked)).run()
     except Stopped:

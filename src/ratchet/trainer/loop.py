@@ -9,7 +9,7 @@ from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import Fenced, Stopped
 from ratchet.log import LOGGER
-from ratchet.models.build import build
+from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
 from ratchet.trainer import rows, schedule
@@ -36,9 +36,9 @@ class Trainer:
         self._config: SFTConfig | RLConfig = assignment.config
         self._world = world
         self._is_stopping = is_stopping
-        model = build(self._config.model, seed=self._config.seed)
+        model, base = build_trainable(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
-        self._state = TrainerState(model, self._updater.optimizer, Progress())
+        self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._checkpointer = Checkpointer(assignment, world, on_commit=self._retain)
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world)

@@ -1,6 +1,7 @@
 """AdamW, or Muon on the matrices inside the blocks with AdamW on the rest, behind one pair of verbs.
 
-All state exists from the start (zeros), so a new run and a resumed one take the same path.
+Frozen parameters have no state. All other state exists from the start (zeros), so a new run and a resumed one take
+the same path.
 """
 
 from collections.abc import Iterator
@@ -20,12 +21,11 @@ class Optimizer:
 
     def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
         self._config = config
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         matrices = _block_matrices(model) if config.type == "muon" else set()
-        rest = [p for name, p in model.named_parameters() if name not in matrices]
-        self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)]
-        if matrices:
-            inner = [p for name, p in model.named_parameters() if name in matrices]
+        rest = [p for p, name in self._names.items() if name not in matrices]
+        self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)] if rest else []
+        if inner := [p for p, name in self._names.items() if name in matrices]:
             self._parts.append(_muon(inner, config))
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
         for part, parameter in self._each():

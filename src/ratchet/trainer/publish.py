@@ -1,29 +1,13 @@
 """Publish the policy after `step` updates as weights/step_{step}."""
 
-import torch
 from transformers import PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.attempts import Assignment
 from ratchet.log import LOGGER
-from ratchet.models import build
+from ratchet.models import adapters, build
+from ratchet.models.tensors import full_tensors
 from ratchet.trainer.world import World
-
-
-def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
-    """Every parameter and saved buffer, whole and on the CPU; tied ones appear once.
-
-    All ranks call it, because shards are gathered; those that do not keep the result copy nothing to the host.
-    """
-    own = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(own)
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
-    whole: dict[str, torch.Tensor] = {}
-    for name, value in state.items():
-        tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if is_kept:
-            whole[name] = tensor.detach().cpu()
-    return whole
 
 
 class Publisher:
@@ -38,9 +22,15 @@ class Publisher:
         tensors = full_tensors(model, is_kept=self._world.is_first)
         if not self._world.is_first:
             return
-        stage, attempt = self._assignment.stage, self._assignment.attempt
+        stage, attempt, config = (
+            self._assignment.stage,
+            self._assignment.attempt,
+            self._assignment.config.model,
+        )
+        if config.lora is not None:
+            tensors = adapters.merged(tensors, config.lora)
         directory = stage.begin(f"weights_{step}")
-        build.save(directory, tensors, self._assignment.config.model)
+        build.save(directory, tensors, config)
         self._make_room(step, durable.payload_digest(durable.seal(directory)))
         weights.commit(stage, directory, step=step, attempt=attempt)
 

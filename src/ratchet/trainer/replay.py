@@ -21,12 +21,11 @@ from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
-from ratchet.models.build import build
+from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.loop import open_source
-from ratchet.trainer.publish import full_tensors
 from ratchet.trainer.state import Checkpointer, TrainerState
 from ratchet.trainer.update import open_updater
 from ratchet.trainer.world import World, open_world, set_determinism
@@ -87,9 +86,9 @@ class Replay:
 
     def _open(self, config: SFTConfig | RLConfig) -> None:
         self._config = config
-        model = build(config.model, seed=config.seed)
+        model, base = build_trainable(config.model, seed=config.seed)
         self._updater = open_updater(model, config, self._world)
-        self._state = TrainerState(model, self._updater.optimizer, Progress())
+        self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._source = open_source(config, self._paths, lambda: False)
 
     def _follow(self, step: int) -> None:
@@ -125,8 +124,9 @@ class Replay:
         """The first tensor that is not equal bit for bit, with its largest difference."""
         folder = self._paths.checkpoint(step) / checkpoint.TRAINER
         durable.verify(self._paths.checkpoint(step))
-        live = {"model": full_tensors(self._state.model)}
-        live["optimizer"] = {name: _whole(t) for name, t in self._state.optimizer.tensors().items()}
+        live = {
+            part: {name: _whole(t) for name, t in own.items()} for part, own in self._state.tensors().items()
+        }
         saved = {part: {n: torch.empty_like(t) for n, t in own.items()} for part, own in live.items()}
         load(saved, storage_reader=FileSystemReader(folder))
         for part, own in live.items():
@@ -155,7 +155,7 @@ def main() -> int:
         RunPaths(root), attempts.read(RunPaths(root), attempts.numbers(RunPaths(root))[-1])
     )
     set_determinism(config.trainer.threads)
-    world = open_world(config.trainer.device)
+    world = open_world(config.trainer.device, config.trainer.parallel.replicate)
     replay = Replay(root, world)
     counts = {"row": 0, "checkpoint": 0}
     different = []

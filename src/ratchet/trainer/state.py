@@ -27,6 +27,7 @@ from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.log import LOGGER
+from ratchet.models import adapters
 from ratchet.records import FileEntry, Progress
 from ratchet.trainer import schedule
 from ratchet.trainer.optim import Optimizer
@@ -46,10 +47,16 @@ class TrainerState:
     model: PreTrainedModel
     optimizer: Optimizer
     progress: Progress
+    base: str | None = None
+    """The digest of the model beside which adapters are trained; None where the model itself is."""
 
     def tensors(self) -> dict[str, Any]:
-        """References to the live tensors, in the layout of the checkpoint."""
-        model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """References to the live tensors, in the layout of the checkpoint: shared ones once, adapters alone."""
+        model = {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if self.base is None or parameter.requires_grad
+        }
         return {"model": model, "optimizer": self.optimizer.tensors()}
 
     def schema(self) -> dict[str, list[Any]]:
@@ -79,9 +86,11 @@ class Checkpointer:
     def restore(self, state: TrainerState, step: int) -> None:
         """Load checkpoint `step` into the live tensors.
 
-        Raises: Refusal if its tensors or its learning rate do not fit this configuration.
+        Raises: Refusal if its tensors, its base or its learning rate do not fit this configuration.
         """
         directory = self._assignment.paths.checkpoint(step)
+        if state.base is not None:
+            adapters.check_base(directory, state.base)
         _check_schema(directory, durable.read_manifest(directory).meta["schema"], state.schema())
         folder = directory / checkpoint.TRAINER
         record = msgspec.json.decode((folder / SCHEDULER).read_bytes(), type=ScheduleRecord)
@@ -178,7 +187,8 @@ class Checkpointer:
         (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
         rows = self._assignment.paths.metric("trainer")
         durable.fsync_path(rows)
-        return directory, {"metrics": metrics.mark(rows), "schema": state.schema()}
+        meta = {"metrics": metrics.mark(rows), "schema": state.schema()}
+        return directory, meta if state.base is None else meta | {"base": state.base}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         try:

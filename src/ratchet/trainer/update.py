@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
@@ -17,6 +17,7 @@ from ratchet.trainer import loss, packing
 from ratchet.trainer.loss import LossSum
 from ratchet.trainer.optim import Optimizer
 from ratchet.trainer.packing import MicroBatch
+from ratchet.trainer.sharding import shard
 from ratchet.trainer.source import Batch
 from ratchet.trainer.world import World
 
@@ -31,21 +32,6 @@ def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
     return lambda logprobs_N, behaviour_N, advantages_N: loss.policy_gradient(
         logprobs_N, behaviour_N, advantages_N, settings
     )
-
-
-def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy:
-    """Shard each block and the rest with FSDP2; one rank takes the same path as many."""
-    model.to(world.device)  # pyright: ignore[reportArgumentType]
-    model.train()
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model)
-    blocks = set(model._no_split_modules or [])
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=world.mesh, reshard_after_forward=world.size > 1)
-    fully_shard(policy, mesh=world.mesh, reshard_after_forward=False)
-    return policy
 
 
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":

@@ -1,4 +1,4 @@
-"""The ranks of this trainer: one process, those that the launcher started on this machine, or torchrun's.
+"""The ranks of this trainer: one process, those that launchers started on this machine or several, or torchrun's.
 
 Who waits for whom: in every collective each rank waits for all others, however long. That one of them has died or
 frozen is for the launcher to notice, which looks at each.
@@ -32,6 +32,11 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the model only; the mesh's last dimension is that of the parts."""
+        return self.mesh.size(self.mesh.ndim - 1) > 1
+
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.size == 1:
@@ -59,25 +64,48 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def open_world(wanted_device: str) -> World:
-    """Join the other ranks. A single rank needs no port: it talks to itself in memory."""
+def open_world(wanted_device: str, replicate: int = 1) -> World:
+    """Join the other ranks. A single rank needs no port: it talks to itself in memory.
+
+    The mesh has one dimension (FSDP), or, with `replicate` copies of the model, two (HSDP).
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=PATIENCE)
-    mesh = init_device_mesh(device.type, (size,))
+    dist.init_process_group(backend, store=_store(rank, size), rank=rank, world_size=size, timeout=PATIENCE)
+    mesh = _mesh(device, size, replicate)
     return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def _store(size: int) -> Any:
-    """Where the ranks leave word for each other; None is torchrun's own."""
+def _mesh(device: torch.device, size: int, replicate: int) -> DeviceMesh:
+    if replicate == 1:
+        return init_device_mesh(device.type, (size,))
+    return init_device_mesh(
+        device.type, (replicate, size // replicate), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _store(rank: int, size: int) -> Any:
+    """Where the ranks leave word for each other: a file on one machine, `tcp://host:port/incarnation` on several.
+
+    Keys of two incarnations never meet, even where a port is used again. None is torchrun's own store.
+    """
     if size == 1:
         return dist.HashStore()  # pyright: ignore
-    path = os.environ.get("RATCHET_RENDEZVOUS")
-    return dist.FileStore(path, size) if path is not None else None  # pyright: ignore
+    place = os.environ.get("RATCHET_RENDEZVOUS")
+    if place is None:
+        return None
+    if not place.startswith("tcp://"):
+        return dist.FileStore(place, size)  # pyright: ignore
+    address, _, incarnation = place.removeprefix("tcp://").partition("/")
+    host, _, port = address.rpartition(":")
+    store = dist.TCPStore(  # pyright: ignore
+        host, int(port), size, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False
+    )
+    return dist.PrefixStore(incarnation, store)  # pyright: ignore
 
 
 def set_determinism(threads: int) -> None:

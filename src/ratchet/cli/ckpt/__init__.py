@@ -24,7 +24,10 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "audit": ("prove that every draw was trained once, dropped once or is in flight", comparing.audits),
     "diff": ("what differs between two checkpoints, each RUN or RUN@STEP", comparing.diff),
     "plan": ("what continuing would do and discard; touches nothing", comparing.plan),
-    "export": ("write the model of a checkpoint as a Hugging Face directory", copying.export),
+    "export": (
+        "write the model of a checkpoint as a Hugging Face directory; of a LoRA run its adapters",
+        copying.export,
+    ),
     "fork": ("a new run directory that begins at a checkpoint, by hard links", copying.forks),
 }
 
@@ -59,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("target", type=Path, metavar="DIR" if name == "export" else "NEW")
         if name == "export":
             command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+            command.add_argument(
+                "--merge", action="store_true", help="LoRA: the whole model, not the adapters"
+            )
         if name == "plan":
             command.add_argument("--max-steps", type=int)
             command.add_argument("--resume-step", type=int, help="-1 means the newest")

@@ -1,0 +1,61 @@
+"""From a whole model on the CPU to one that is trained: checkpointed, compiled and sharded, layer by layer.
+
+    call of a layer ─► FSDP gathers its parameters ─► activation checkpointing ─► the compiled forward
+
+Both replace the layer's `forward` and add no module, so names of parameters do not depend on these settings, and
+FSDP's own hooks stay outside of what is compiled or computed again.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ratchet.config import TrainerConfig
+from ratchet.models.logprobs import Policy
+from ratchet.trainer.world import World
+
+SHAPES_AT_MOST = 64
+"""Of one compiled layer. More would mean that micro-batches are not padded to few shapes."""
+
+
+def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy:
+    """Shard each layer and the rest with FSDP2; one rank takes the same path as many."""
+    model.to(world.device)  # pyright: ignore[reportArgumentType]
+    model.train()
+    policy = Policy(model)
+    if config.compile:
+        _settle_compiler()
+    for layer in _layers(model):
+        forward: Any = layer.forward
+        if config.compile:
+            forward = torch.compile(forward, dynamic=False)
+        if config.activation_checkpointing == "full":
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward
+        fully_shard(layer, mesh=world.mesh, reshard_after_forward=world.is_sharded)
+    fully_shard(policy, mesh=world.mesh, reshard_after_forward=False)
+    return policy
+
+
+def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The decoder layers, by the name that the model gives their class."""
+    names = set(model._no_split_modules or [])
+    yield from (module for module in model.modules() if type(module).__name__ in names)
+
+
+def _settle_compiler() -> None:
+    """What is computed may depend on the shape alone: not on what was compiled before, nor on timings."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    dynamo.recompile_limit = SHAPES_AT_MOST
+    dynamo.fail_on_recompile_limit_hit = True  # the alternative is to go on without compilation, unsaid
+    inductor.compile_threads = 1  # no processes of its own, which could outlive the run
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True  # kernels are not chosen by how fast they were
