@@ -57,6 +57,10 @@ class CkptConfig(BaseConfig):
     """So many saves in a row may fail (a full disk) before the run stops with exit code 74."""
     on_corrupt: Free[Literal["stop", "fallback"]] = "stop"
     """A damaged checkpoint stops the start, or is moved aside so that an older one serves."""
+    mirror: Free[str | None] = None
+    """Also upload every checkpoint to this address, `s3://bucket/prefix` or any other of fsspec's."""
+    mirror_keep_last: Free[Positive | None] = None
+    """Keep the newest K checkpoints in the mirror; `keep_last` by default. `keep_interval` holds there too."""
 
     def is_due(self, step: int, max_steps: int) -> bool:
         """Whether the state after `step` updates is saved."""
