@@ -74,6 +74,14 @@ class ForkedFrom(msgspec.Struct, frozen=True):
     step: int
 
 
+class Restored(msgspec.Struct, frozen=True):
+    """From where a run was brought back into an empty directory."""
+
+    mirror: str
+    entry: str
+    step: int
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt, as kept in attempts/<n>/record.json."""
 
@@ -90,6 +98,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     forked_from: ForkedFrom | msgspec.UnsetType = msgspec.UNSET
     """Only in the first attempt of a fork."""
+    restored: Restored | msgspec.UnsetType = msgspec.UNSET
+    """Only in the attempt that stands for a restoration from the mirror."""
     fingerprints: dict[str, str] = {}
     """Of what the configuration names: model and data."""
     config_xxh3: str
@@ -135,13 +145,23 @@ def read(paths: RunPaths, attempt: int) -> Record:
     path = paths.attempt(attempt) / RECORD
     try:
         data = path.read_bytes()
-        record = msgspec.json.decode(data, type=Record)
-    except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except FileNotFoundError as error:
         raise Damaged(f"{path} cannot be read ({error}).{_remedy(path)}") from None
+    try:
+        return decode(data, str(path))
+    except Damaged as error:
+        raise Damaged(f"{error}{_remedy(path)}") from None
+
+
+def decode(data: bytes, path: str) -> Record:
+    """A record from its bytes; `path` says whose they are. Raises: Damaged."""
+    try:
+        record = msgspec.json.decode(data, type=Record)
+    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise Damaged(f"{path} cannot be read ({error}).") from None
     if _hash(record) != record.hash or _encode(record) != data:
         raise Damaged(
             f"{path} is damaged: it states hash {record.hash}, its content hashes to {_hash(record)}."
-            f"{_remedy(path)}"
         )
     return record
 

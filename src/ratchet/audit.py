@@ -85,6 +85,7 @@ def audit(paths: RunPaths) -> Report:
     if record is not None and record.kind == "sft":
         report.notes.append("an SFT run draws nothing: its data order is a function of the step")
         return report
+    report.notes += _restorations(paths)
     is_complete = record is not None and record.outcome is not None and record.outcome.code == EXIT_OK
     # Listed before the ledger is read, so that each of them has its line in it.
     batches, checkpoints = durable.steps(paths.batches), list(durable.committed(paths.checkpoints))
@@ -98,6 +99,18 @@ def audit(paths: RunPaths) -> Report:
         _count_envs(ordered, state, report)
     _check_totals(paths, ordered, state, report, is_complete=is_complete)
     return report
+
+
+def _restorations(paths: RunPaths) -> list[str]:
+    """What a disk took with it that is gone: of that only what was mirrored can be proved."""
+    found = [attempts.read(paths, number).restored for number in attempts.numbers(paths)]
+    return [
+        f"restored at step {r.step} from {r.mirror}: the proof from batches begins at batch {r.step}; those before it "
+        "were not mirrored, their lines rest on the ledger's chain alone; what the disk that is gone held after step "
+        f"{r.step} was another future and is not accounted for"
+        for r in found
+        if r is not msgspec.UNSET
+    ]
 
 
 def _read_ledger(paths: RunPaths, report: Report) -> dict[int, Line]:

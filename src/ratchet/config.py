@@ -95,6 +95,10 @@ class CkptConfig(BaseConfig):
     """So many saves in a row may fail (a full disk) before the run stops with exit code 74."""
     on_corrupt: Free[Literal["stop", "fallback"]] = "stop"
     """A damaged checkpoint stops the start, or is moved aside so that an older one serves."""
+    mirror: Free[str | None] = None
+    """Also upload every checkpoint to this address, `s3://bucket/prefix` or any other of fsspec's."""
+    mirror_keep_last: Free[Positive | None] = None
+    """Keep the newest K checkpoints in the mirror; `keep_last` by default. `keep_interval` holds there too."""
 
     def is_due(self, step: int, max_steps: int) -> bool:
         """Whether the state after `step` updates is saved."""
@@ -348,6 +352,45 @@ class InferenceConfig(BaseConfig):
     vllm: VllmConfig = VllmConfig()
 
 
+class SlurmRoleConfig(BaseConfig):
+    """What the job of one program asks for."""
+
+    nodes: Free[Positive] = 1
+    """Machines; programs other than the trainer run on one."""
+    gpus: Free[int] = Field(default=0, ge=0)
+    """GPUs of each machine."""
+    cpus: Free[Positive | None] = None
+    mem_gb: Free[Positive | None] = None
+    extra: Free[dict[str, Any]] = {}
+    """More of sbatch's options for this job, by name: `{constraint = "a100"}`."""
+
+
+class SlurmConfig(BaseConfig):
+    """Each program is a job of its own, on machines that share the run directory. Bare `--slurm` does that too."""
+
+    executor: Free[Literal["slurm", "local"]] = "slurm"
+    """submitit's executor; `local` starts the same jobs as processes of this machine."""
+    partition: Free[str | None] = None
+    account: Free[str | None] = None
+    time_min: Free[Positive] = 1440
+    """Longest duration of a job in minutes; one that reaches it saves and is queued again."""
+    grace_s: Free[Positive] = 120
+    """So many seconds before that it is told to save."""
+    requeues: Free[int] = Field(default=100, ge=0)
+    """How often a job that reached its time is queued again."""
+    wait_s: Free[float] = Field(default=3600.0, gt=0)
+    """How long orchestrator and inference wait for a trainer that is not there (yet, or again) before they end."""
+    wait: Free[bool] = False
+    """Stay until the jobs have ended, and end with their exit code, instead of returning once they are queued."""
+    host: Free[str] = "0.0.0.0"
+    """The interface on which inference listens; with `executor = "local"` always the loopback one."""
+    extra: Free[dict[str, Any]] = {}
+    """More of sbatch's options for every job, by name: `{qos = "high", exclusive = true}`."""
+    trainer: SlurmRoleConfig = SlurmRoleConfig()
+    orchestrator: SlurmRoleConfig = SlurmRoleConfig()
+    inference: SlurmRoleConfig = SlurmRoleConfig()
+
+
 class RunConfig(BaseConfig):
     """The facts that every run has."""
 
@@ -360,6 +403,7 @@ class RunConfig(BaseConfig):
     ckpt: CkptConfig | None = None
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
+    slurm: SlurmConfig | None = None
 
     SECTIONS: ClassVar[tuple[str, ...]] = ()
 

@@ -100,8 +100,17 @@ def to_toml(config: BaseModel) -> bytes:
 def from_toml(cls: type[C], path: Path) -> C:
     """Read a resolved configuration back. Raises: Refusal if this version cannot read it."""
     try:
-        return cls.model_validate(tomllib.loads(path.read_text()))
-    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refusal(f"{path} cannot be read as a configuration: {error}") from None
+    return parse_toml(cls, data, str(path))
+
+
+def parse_toml(cls: type[C], data: bytes, path: str) -> C:
+    """A resolved configuration from its bytes; `path` says whose they are. Raises: Refusal"""
+    try:
+        return cls.model_validate(tomllib.loads(data.decode()))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
         raise Refusal(f"{path} cannot be read as a configuration: {error}") from None
 
 

@@ -107,9 +107,19 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         data = path.read_bytes()
-        manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError:
         raise Damaged(f"{directory} has no {MANIFEST}: it was never committed.") from None
+    manifest = decode_manifest(data, str(path))
+    named = parse_step(directory.name)
+    if named is not None and named != manifest.step:
+        raise Damaged(f"{path} states step {manifest.step}, its directory states {named}.")
+    return manifest
+
+
+def decode_manifest(data: bytes, path: str) -> Manifest:
+    """A manifest from its bytes; `path` says whose they are. Raises: Damaged."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} does not parse ({error}): it is damaged.") from None
     if manifest.format > FORMAT:
@@ -119,10 +129,13 @@ def read_manifest(directory: Path) -> Manifest:
     found = _manifest_hash(manifest)
     if manifest.hash != found or encode_manifest(manifest) != data:
         raise Damaged(f"{path} is damaged: it states hash {manifest.hash}, its content hashes to {found}.")
-    named = parse_step(directory.name)
-    if named is not None and named != manifest.step:
-        raise Damaged(f"{path} states step {manifest.step}, its directory states {named}.")
     return manifest
+
+
+def signed(manifest: Manifest) -> Manifest:
+    """The manifest with its files in order and its own hash in it."""
+    ordered = msgspec.structs.replace(manifest, files=tuple(sorted(manifest.files)))
+    return msgspec.structs.replace(ordered, hash=_manifest_hash(ordered))
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -241,8 +254,7 @@ class Stage:
         Raises: Fenced if this process was replaced; RatchetError if the name is taken by other content.
         Crash: before the rename nothing is visible; after it everything is.
         """
-        manifest = msgspec.structs.replace(manifest, files=tuple(sorted(manifest.files)))
-        manifest = msgspec.structs.replace(manifest, hash=_manifest_hash(manifest))
+        manifest = signed(manifest)
         point = manifest.kind
         crash_point(f"{point}.before_manifest")
         path = directory / MANIFEST

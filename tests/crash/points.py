@@ -77,6 +77,24 @@ ROWS = [
         "continues at the newest of them, replays the log",
         "continues there; what is superfluous goes after the next save, or at the end",
     ),
+    Point(
+        "mirror.after_file",
+        "the checkpoint; in its mirror an entry without its manifest",
+        "the entry does not count; it is uploaded at the start, and what was begun is deleted",
+        (),
+    ),
+    Point(
+        "mirror.before_manifest",
+        "the checkpoint; in its mirror every file of it, and no manifest",
+        "the entry does not count; it is uploaded at the start, and what was begun is deleted",
+        (),
+    ),
+    Point(
+        "mirror.committed",
+        "the checkpoint, and its mirror; there, what it makes superfluous is not deleted yet",
+        "it is found there; what is superfluous goes after the next upload",
+        (),
+    ),
     *commit(
         "eval",
         "the evaluations before this one",

@@ -178,5 +178,8 @@ def test_the_rows_are_the_durable_points_of_the_code():
 def test_what_the_toy_does_not_have_the_real_programs_die_at():
     real = "".join(path.read_text() for path in (TESTS / "e2e").glob("*.py"))
     elsewhere = [row.name for row in points.ROWS if not row.phases]
-    assert elsewhere == ["checkpoint.before_shards", "checkpoint.after_shards"]
+    assert elsewhere == [
+        *("checkpoint.before_shards", "checkpoint.after_shards"),
+        *("mirror.after_file", "mirror.before_manifest", "mirror.committed"),
+    ]
     assert [name for name in elsewhere if f'"{name}:' not in real] == []

@@ -24,6 +24,7 @@ LAYERS = [
         "fork",
         "ledger",
         "metrics",
+        "mirror",
         "resume",
         "weights",
     },

@@ -15,6 +15,7 @@ from ratchet.launch.join import join_orchestrator
 from ratchet.launch.opening import Fingerprints
 from ratchet.launch.replay import replay
 from ratchet.launch.run import run
+from ratchet.launch.slurm import submit
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -33,10 +34,14 @@ def sft() -> NoReturn:
 
 def _sft() -> int:
     config = _parse(SFTConfig, "sft")
-    return run("sft", config, ("trainer",), lambda: _check_sft(config))
+    if config.slurm is not None:
+        check_sft(config)
+        return submit("sft", config, config.slurm)
+    return run("sft", config, ("trainer",), lambda: check_sft(config))
 
 
-def _check_sft(config: SFTConfig) -> Fingerprints:
+def check_sft(config: SFTConfig) -> Fingerprints:
+    """Refuse input that no SFT run could use; returns what it is. Raises: Refusal"""
     from ratchet.chat import Chat
     from ratchet.models.check import check_model
     from ratchet.trainer.sft_data import check_data
@@ -53,16 +58,25 @@ def rl() -> NoReturn:
 
 def _rl() -> int:
     config = _parse(RLConfig, "rl")
+    if config.slurm is not None:
+        check_rl(config, is_alone=True)
+        return submit("rl", config, config.slurm)
     roles = ("inference", "orchestrator", "trainer")
-    return run("rl", config, roles, lambda: _check_rl(config))
+    return run("rl", config, roles, lambda: check_rl(config))
 
 
-def _check_rl(config: RLConfig) -> Fingerprints:
+def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
+    """Refuse input that no RL run could use; returns what it is. A program that is alone sees no server.
+
+    Raises: Refusal
+    """
     from ratchet.inference.vllm import command
     from ratchet.models.check import check_model
     from ratchet.orchestrator.check import check, probe
 
     found = {"model": check_model(config.model), **check(config)}
+    if is_alone:
+        return found
     if config.inference is None:
         probe(config)
     elif config.inference.engine == "vllm":
@@ -86,7 +100,7 @@ def _replay() -> int:
 
 
 def _trainer() -> int:
-    config = _parse(RLConfig, "trainer")
+    config = _parse(RLConfig, "trainer").model_copy(update={"slurm": None})
     from ratchet.models.check import check_model
 
     return run("rl", config, ("trainer",), lambda: {"model": check_model(config.model)})

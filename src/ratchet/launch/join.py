@@ -25,7 +25,7 @@ def join_orchestrator(config: RLConfig) -> int:
     """
     paths = RunPaths(config.output_dir)
     record = _wait_for_attempt(paths, config.orchestrator.client.wait_s)
-    incarnation = _take_over(paths, record)
+    incarnation = take_over(paths, record, "orchestrator")
     LOGGER.info("joining attempt %d of %s", record.attempt, paths.root)
     command = [
         sys.executable,
@@ -64,18 +64,18 @@ def _wait_for_attempt(paths: RunPaths, wait_s: float) -> Record:
     )
 
 
-def _take_over(paths: RunPaths, record: Record) -> int:
-    """Fence an older orchestrator of this attempt; returns the incarnation of the new one.
+def take_over(paths: RunPaths, record: Record, role: str) -> int:
+    """Fence an older program of a role of this attempt; returns the incarnation of the new one.
 
     Workshops are made by way of the launcher's: one that is late finds the attempt closed. Raises: Fenced
     """
     launcher = Stage(paths, attempts.token(record.attempt, "launcher", 0))
-    prefix = attempts.token(record.attempt, "orchestrator", 0)[:-1]
+    prefix = attempts.token(record.attempt, role, 0)[:-1]
     known = [int(n.rpartition(".")[2]) for n in os.listdir(paths.staging) if n.startswith(prefix)]
     incarnation = max(known, default=0) + 1
     stage = launcher.open_for(attempts.token(record.attempt, "joining", os.getpid()))
     durable.revoke(paths, by=stage, prefix=prefix)
-    launcher.open_for(attempts.token(record.attempt, "orchestrator", incarnation))
+    launcher.open_for(attempts.token(record.attempt, role, incarnation))
     stage.directory.rmdir()
     return incarnation
 

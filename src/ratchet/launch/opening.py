@@ -19,6 +19,8 @@ from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
+from ratchet.mirror import upload as uploading
+from ratchet.mirror.restore import restore
 from ratchet.paths import RunPaths, step_name
 from ratchet.trainer import schedule
 
@@ -65,6 +67,7 @@ def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]
         paths.staging.mkdir(exist_ok=True)
         lock = Lock(paths)
         lock.acquire()
+        _look_at_the_mirror(kind, config, paths, lock)
         return _open(kind, config, check, paths, lock)
 
 
@@ -80,6 +83,43 @@ def _refusing(paths: RunPaths) -> Iterator[None]:
                 "or choose another --output-dir."
             ) from None
         raise
+
+
+def _look_at_the_mirror(kind: str, config: RunConfig, paths: RunPaths, lock: Lock) -> None:
+    """Restore a run whose disk is gone; otherwise see that the mirror is this run's. Raises: Refusal"""
+    if config.ckpt is None or config.ckpt.mirror is None:
+        return
+    try:
+        last = attempts.newest(paths)
+        if last is None:
+            restore(paths, _next_number(paths), config, lambda old, its: _asked(kind, config, old, its))
+        else:
+            uploading.check(config.ckpt.mirror, last.run_id)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _asked(kind: str, config: RunConfig, last: Record, old: RunConfig) -> int | None:
+    """The step of its mirror that a command wants back, None for the newest. Raises: Refusal"""
+    assert config.ckpt is not None
+    _check_kind(kind, config, last)
+    _check_changes(old, config)
+    if config_io.dump(old) == config_io.dump(config):
+        return None
+    if config.ckpt.resume_step is None:
+        raise Refusal(
+            f"The mirror {config.ckpt.mirror} holds a run that was started by another command: continue it with "
+            "--ckpt.resume-step -1, or give the new run another --ckpt.mirror."
+        )
+    return config.ckpt.resume_step if config.ckpt.resume_step >= 0 else None
+
+
+def _check_kind(kind: str, config: RunConfig, last: Record) -> None:
+    if last.kind != kind:
+        raise Refusal(
+            f"{config.output_dir} holds a run of `{last.kind}`: give this one another --output-dir."
+        )
 
 
 def _open(
@@ -128,8 +168,7 @@ def decide(
     is_same = False
     has_run = last is not None and has_produced(paths)
     if last is not None and has_run:
-        if last.kind != kind:
-            raise Refusal(f"{paths.root} holds a run of `{last.kind}`: give this one another --output-dir.")
+        _check_kind(kind, config, last)
         old = attempts.read_config(paths, last)
         is_same = config_io.dump(old) == config_io.dump(config)
         announced = _check_changes(old, config)

@@ -25,6 +25,7 @@ from ratchet.report.console import Console
 POLL_S = 0.05
 PULSE_S = 0.5
 GRACE_S = 20.0
+SAME_SIGNAL_S = 0.5
 LAST_LINES = 15
 
 
@@ -62,6 +63,7 @@ class Supervisor:
     console: Console
     children: dict[str, Child] = field(default_factory=dict)
     stop_requests: int = 0
+    signalled_at: float = -SAME_SIGNAL_S
     pulses_taken_at: float = 0.0
 
     def start(
@@ -88,7 +90,12 @@ class Supervisor:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop_requests += 1
+        """Count a request to stop; two at once are one: a scheduler signals every process of a job, and a wrapper
+        passes on what it was sent itself."""
+        now = time.monotonic()
+        if now - self.signalled_at > SAME_SIGNAL_S:
+            self.stop_requests += 1
+        self.signalled_at = now
 
     def run(self) -> tuple[int, str]:
         """Watch until every program has done its work; returns the exit code and the reason."""

@@ -9,6 +9,7 @@ from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import Fenced, Stopped
 from ratchet.log import LOGGER
+from ratchet.mirror.upload import Uploader
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
@@ -39,7 +40,8 @@ class Trainer:
         model, base = build_trainable(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
-        self._checkpointer = Checkpointer(assignment, world, on_commit=self._retain)
+        self._checkpointer = Checkpointer(assignment, world, on_commit=self._on_commit)
+        self._mirror = Uploader.of(assignment) if world.is_first else None
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world)
         self._source = open_source(self._config, assignment.paths, is_stopping)
@@ -81,6 +83,7 @@ class Trainer:
         self._checkpointer.close()
         # A trainer that died between its last commit and the retention left this to the next one.
         self._retain(self._step)
+        self._close_mirror()
 
     def _may_go_on(self, step: int) -> bool:
         """Rank 0 decides for all, so that all stop at the same step."""
@@ -99,6 +102,8 @@ class Trainer:
             "time/train_s": round(train_s, 4),
             "perf/tokens_per_s": round(batch.tokens / train_s, 1),
         }
+        if self._mirror is not None:
+            row["fault/mirror_failures"] = self._mirror.take_failures()
         metrics.append(self._assignment.stage, self._assignment.paths.metric("trainer"), row)
 
     def _publish(self, batch: Batch) -> None:
@@ -119,6 +124,16 @@ class Trainer:
         started = time.perf_counter()
         self._checkpointer.save(self._state)
         LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
+
+    def _on_commit(self, step: int) -> None:
+        """The mirror takes what it needs before anything of it may go."""
+        if self._mirror is not None:
+            self._mirror.offer(step)
+        self._retain(step)
+
+    def _close_mirror(self) -> None:
+        if self._mirror is not None:
+            self._mirror.close()
 
     def _retain(self, step: int) -> None:
         """Let go of the checkpoints that no rule keeps, then of what only they needed. Repeating it changes nothing.
@@ -150,4 +165,5 @@ class Trainer:
                 self._publisher.publish(self._state.model, self._step)
             self._save()
             self._checkpointer.close()
+        self._close_mirror()
         raise Stopped(f"stopped at step {self._step}")

@@ -1,0 +1,35 @@
+"""`python -m ratchet.cli.job KIND ROLE`: one program of a cluster run; its resolved configuration is the input."""
+
+import sys
+
+from ratchet import config_io, log, process
+from ratchet.attempts import KINDS
+from ratchet.cli.programs import check_rl, check_sft
+from ratchet.config import RLConfig, SFTConfig, SlurmConfig
+from ratchet.launch import cluster
+from ratchet.launch.run import run
+
+
+def main() -> int:
+    """Run the program to its exit code."""
+    process.die_with_parent()
+    kind, role = sys.argv[1:3]
+    log.setup(role)
+    text = sys.stdin.buffer.read()
+    config = config_io.parse_toml(KINDS[kind], text, "the job's configuration")
+    log.setup(role, config.log.level)
+    settings = config.slurm or SlurmConfig()
+    config = config.model_copy(update={"slurm": None})
+    if isinstance(config, SFTConfig):
+        return run("sft", config, ("trainer",), lambda: check_sft(config))
+    assert isinstance(config, RLConfig)
+    if role == "orchestrator":
+        return cluster.orchestrate(config, settings.wait_s)
+    if role == "inference":
+        host = "127.0.0.1" if settings.executor == "local" else settings.host
+        return cluster.serve(config, settings.wait_s, host)
+    return run("rl", config, ("trainer",), lambda: check_rl(config, is_alone=True))
+
+
+if __name__ == "__main__":
+    process.run(main)

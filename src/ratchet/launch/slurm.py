@@ -1,0 +1,242 @@
+"""`--slurm`: each program of a run as a job of its own, through submitit.
+
+    here            try the file system ─► submit what is not queued or running yet ─► slurm/jobs.jsonl
+    in each job     Job: start the program, pass signals on, queue again when it stopped on request
+    the program     `python -m ratchet.cli.job KIND ROLE`, the resolved configuration on its input
+
+The jobs share the run directory and meet there (`cluster.py`); they are told nothing of each other.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from ratchet import config_io
+from ratchet.config import RLConfig, RunConfig, SlurmConfig
+from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, RatchetError, Refusal
+from ratchet.launch import cluster, filesystem
+from ratchet.launch.preflight import disk_warning
+from ratchet.log import LOGGER
+from ratchet.paths import RunPaths
+
+FOLDER = "slurm"
+JOBS = "jobs.jsonl"
+POLL_S = 2.0
+# States of Slurm in which a job will still do something.
+_ALIVE = {
+    *("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "REQUEUE_HOLD"),
+    *("SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT"),
+}
+# The accounting hears of a job a while after it was submitted, and forgets old ones.
+_NOT_HEARD_OF_S = 600.0
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """A job that was submitted: one line of jobs.jsonl."""
+
+    role: str
+    job: str
+    executor: str
+
+
+@dataclass
+class Job:
+    """What runs inside a job: one program of a run, from its start to the end of the run."""
+
+    kind: str
+    role: str
+    config: str
+    """The resolved configuration as TOML."""
+    folder: str
+    word: str
+    """A file in `folder` that the submitting machine made: this one must see it."""
+    requeue_on_term: bool
+    """Slurm itself queues a preempted job again; where nothing does, submitit is asked to."""
+
+    def __call__(self) -> int:
+        """Run the program to its end; asked to stop, save and be queued again. Raises: RatchetError"""
+        if not filesystem.appears(Path(self.folder) / self.word, filesystem.VISIBLE_S):
+            raise Refusal(
+                f"{socket.gethostname()} does not see within {filesystem.VISIBLE_S:g} s what the submitting machine "
+                f"wrote in {self.folder}: put --output-dir on a file system that all machines share."
+            )
+        requeue = signal.getsignal(signal.SIGUSR2)
+        asked: list[int] = []
+        child: list[subprocess.Popen[bytes]] = []
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            asked.append(number)
+            if child:
+                child[0].send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, stop)
+        command = [sys.executable, "-m", "ratchet.cli.job", self.kind, self.role]
+        environment = {**os.environ, "RATCHET_PARENT": str(os.getpid())}
+        child.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+        stdin = child[0].stdin
+        assert stdin is not None
+        stdin.write(self.config.encode())
+        stdin.close()
+        if asked:
+            child[0].send_signal(signal.SIGTERM)
+        code = child[0].wait()
+        if asked and code == EXIT_STOPPED and (self.requeue_on_term or set(asked) - {signal.SIGTERM}):
+            signal.signal(signal.SIGUSR2, requeue)
+            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own way: `checkpoint`, then requeue
+        if code not in (EXIT_OK, EXIT_STOPPED):
+            raise RatchetError(f"The {self.role} ended with exit code {code}.")
+        return code
+
+    def checkpoint(self) -> Any:
+        """submitit asks what to run when the job starts again: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit(kind: str, config: RunConfig, settings: SlurmConfig) -> int:
+    """Submit the jobs of a run that are not there already. With `slurm.wait` stay until they have ended.
+
+    Raises: Refusal
+    """
+    paths = RunPaths(config.output_dir)
+    folder = paths.root.resolve() / FOLDER
+    roles = _roles(config, settings)
+    filesystem.require(paths.root)
+    if warning := disk_warning(config):
+        LOGGER.warning("%s", warning)
+    folder.mkdir(exist_ok=True)
+    word = f"seen-{secrets.token_hex(4)}"
+    (folder / word).touch()
+    alive: dict[str, Any] = {}
+    for role in roles:
+        job = _find(folder, role, settings)
+        if job is None:
+            local = settings.executor == "local"
+            task = Job(kind, role, config_io.to_toml(config).decode(), str(folder), word, local)
+            job = _executor(folder, role, config, settings, alive).submit(task)
+            _note(folder, Submitted(role, job.job_id, settings.executor))
+            LOGGER.info("%s: job %s, its log is %s", role, job.job_id, job.paths.stderr)
+        else:
+            LOGGER.info("%s: job %s is there already (%s)", role, job.job_id, job.state)
+        alive[role] = job
+    if not settings.wait:
+        LOGGER.info("The run is in %s; the same command says how its jobs stand.", paths.root)
+        return EXIT_OK
+    return _wait(paths, alive)
+
+
+def _roles(config: RunConfig, settings: SlurmConfig) -> tuple[str, ...]:
+    """The jobs of a run, the trainer first: the others wait for it. Raises: Refusal"""
+    for role in ("trainer", "orchestrator", "inference"):
+        nodes = getattr(settings, role).nodes
+        if nodes > 1:
+            raise Refusal(
+                f"slurm.{role}.nodes is {nodes}: a job of the {role} runs on one machine; set it to 1."
+            )
+    if not isinstance(config, RLConfig):
+        return ("trainer",)
+    own = ("inference",) if config.inference is not None else ()
+    return ("trainer", "orchestrator", *own)
+
+
+def _executor(
+    folder: Path, role: str, config: RunConfig, settings: SlurmConfig, others: dict[str, Any]
+) -> Any:
+    """submitit's executor with everything that the settings ask for. Raises: Refusal"""
+    submitit = _submitit()
+    try:
+        executor = submitit.AutoExecutor(
+            folder=folder / role, cluster=settings.executor, slurm_max_num_timeout=settings.requeues
+        )
+        executor.update_parameters(**parameters(role, config, settings, others))
+    except (RuntimeError, ValueError, NameError) as error:
+        raise Refusal(
+            f"submitit cannot use executor {settings.executor!r} for slurm.{role} ({error}): submit from a machine "
+            "with sbatch, or correct the [slurm] table."
+        ) from None
+    return executor
+
+
+def parameters(role: str, config: RunConfig, settings: SlurmConfig, others: dict[str, Any]) -> dict[str, Any]:
+    """What submitit is told for one job, by its names. The others start when the trainer's job has started."""
+    wanted = getattr(settings, role)
+    after = {"dependency": f"after:{others['trainer'].job_id}"} if "trainer" in others else {}
+    extra = {"requeue": True, **after, **settings.extra, **wanted.extra}
+    given = {
+        "name": f"{config.output_dir.name}-{role}",
+        "timeout_min": settings.time_min,
+        "nodes": wanted.nodes,
+        "tasks_per_node": 1,
+        "gpus_per_node": wanted.gpus,
+        "cpus_per_task": wanted.cpus,
+        "mem_gb": wanted.mem_gb,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_signal_delay_s": settings.grace_s,
+        "slurm_additional_parameters": extra,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise Refusal(
+            "--slurm needs submitit, which is not here: `uv sync --extra slurm` installs it."
+        ) from None
+    return submitit
+
+
+def _note(folder: Path, job: Submitted) -> None:
+    with (folder / JOBS).open("ab") as file:
+        file.write(msgspec.json.encode(job) + b"\n")
+
+
+def _find(folder: Path, role: str, settings: SlurmConfig) -> Any:
+    """The job of a role that was submitted before and has not ended; None without one."""
+    lines = (folder / JOBS).read_bytes().splitlines() if (folder / JOBS).exists() else []
+    submitted = [msgspec.json.decode(line, type=Submitted) for line in lines]
+    mine = [job for job in submitted if job.role == role and job.executor == settings.executor]
+    if not mine:
+        return None
+    submitit = _submitit()
+    if settings.executor == "local":
+        job = submitit.LocalJob(folder / role, mine[-1].job)
+        return job if _is_local_job(mine[-1].job, folder / role) else None
+    job = submitit.SlurmJob(folder / role, mine[-1].job)
+    is_new = time.time() - (folder / JOBS).stat().st_mtime < _NOT_HEARD_OF_S
+    return job if job.state in _ALIVE or (job.state == "UNKNOWN" and is_new) else None
+
+
+def _is_local_job(pid: str, folder: Path) -> bool:
+    """Whether a process is the controller of a local job of this folder."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return b"submitit.local._local" in line and str(folder).encode() in line
+
+
+def _wait(paths: RunPaths, jobs: dict[str, Any]) -> int:
+    """Until every job has ended; the exit code of the run."""
+    while not all(job.done() for job in jobs.values()):
+        time.sleep(POLL_S)
+    record = cluster.newest(paths)
+    if record is None or record.outcome is None:
+        LOGGER.error("The jobs have ended and the run has not: see their logs in %s.", paths.root / FOLDER)
+        return EXIT_CRASH
+    LOGGER.info("attempt %d: %s", record.attempt, record.outcome.reason)
+    return record.outcome.code
