@@ -32,7 +32,7 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
             sys.stderr.write(f"{message}\n")
         return EXIT_OK
     log = (opened.paths.attempt(opened.record.attempt) / "launcher.log").open("a")
-    console = Console(opened.paths, kind, config.max_steps, log)
+    console = Console(opened.paths, kind, config.max_steps, log, begins_at=opened.record.plan.step)
     _greet(console, opened)
     supervisor = Supervisor(opened, console)
     supervisor.install_signal_handlers()

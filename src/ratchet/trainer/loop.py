@@ -12,6 +12,7 @@ from ratchet.log import LOGGER
 from ratchet.models.build import build
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.publish import Publisher
 from ratchet.trainer.sft_data import SFTSource
@@ -35,16 +36,19 @@ class Trainer:
         self._assignment = assignment
         self._config: SFTConfig | RLConfig = assignment.config
         self._world = world
+        self._timeline = Timeline(assignment.stage if world.is_first else None)
+        opened = time.perf_counter()
         self._is_stopping = is_stopping
         model = build(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress())
-        self._checkpointer = Checkpointer(assignment, world, on_commit=self._retain)
+        self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._retain)
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world)
         self._source = open_source(self._config, assignment.paths, is_stopping)
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
+        self._timeline.add("start", assignment.plan.step, time.perf_counter() - opened)
 
     @property
     def _step(self) -> int:
@@ -70,6 +74,7 @@ class Trainer:
                 self._stop()
             batch = self._source.read(step)
             waited = time.perf_counter()
+            self._timeline.add("wait", step + 1, waited - started)
             figures = self._updater.update(batch, step, self._factor(step))
             rows.advance(self._state.progress, batch)
             trained = time.perf_counter()
@@ -94,7 +99,9 @@ class Trainer:
         if not self._world.is_first:
             return
         row = rows.exact_row(self._config, self._state.progress, batch, figures, self._factor(self._step - 1))
+        self._timeline.add("train", self._step, train_s)
         row |= {
+            "time/at_s": round(time.time(), 3),
             "time/wait_s": round(wait_s, 4),
             "time/train_s": round(train_s, 4),
             "perf/tokens_per_s": round(batch.tokens / train_s, 1),
@@ -104,7 +111,8 @@ class Trainer:
     def _publish(self, batch: Batch) -> None:
         """RL publishes every policy, SFT those of its checkpoints."""
         if isinstance(self._config, RLConfig):
-            self._publisher.publish(self._state.model, self._step)
+            with self._timeline.phase("publish", self._step):
+                self._publisher.publish(self._state.model, self._step)
             self._oldest_served = batch.oldest_served or 0
             if self._world.is_first:
                 self._prune(self._step)

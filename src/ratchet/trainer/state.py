@@ -29,6 +29,7 @@ from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.log import LOGGER
 from ratchet.records import FileEntry, Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import schedule
 from ratchet.trainer.optim import Optimizer
 from ratchet.trainer.schedule import ScheduleRecord
@@ -64,7 +65,10 @@ class TrainerState:
 class Checkpointer:
     """Saves and restores one trainer."""
 
-    def __init__(self, assignment: Assignment, world: World, on_commit: Callable[[int], None]) -> None:
+    def __init__(
+        self, assignment: Assignment, world: World, timeline: Timeline, on_commit: Callable[[int], None]
+    ) -> None:
+        self._timeline = timeline
         self._assignment = assignment
         self._config = assignment.config
         self._world = world
@@ -109,7 +113,8 @@ class Checkpointer:
             self._run(step, directory, meta, state.tensors())
             self.poll()
             return
-        staged = self._stage(state.tensors())
+        with self._timeline.phase("copy", step):
+            staged = self._stage(state.tensors())
         self._thread = threading.Thread(
             target=self._run, args=(step, directory, meta, staged), name=f"save-{step}", daemon=True
         )
@@ -197,7 +202,8 @@ class Checkpointer:
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         try:
-            self._write(step, directory, meta, tensors)
+            with self._timeline.phase("save", step):
+                self._write(step, directory, meta, tensors)
             self._failures = 0
         except BaseException as error:
             self._error = error
