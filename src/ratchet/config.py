@@ -82,6 +82,22 @@ class LaunchConfig(BaseConfig):
     """A program that gives no sign of life for so long is replaced. A long step or wait gives signs of life."""
 
 
+class TrackerConfig(BaseConfig):
+    """Where the metric rows are copied to, by a process of its own that training never waits for."""
+
+    tensorboard: Free[bool] = True
+    """Write `trackers/tensorboard/` in the run directory."""
+    wandb: Free[str | None] = None
+    """A project of Weights & Biases; needs the extra `wandb`. WANDB_MODE=offline keeps it on this machine."""
+
+
+class ReportConfig(BaseConfig):
+    """The page that a run leaves behind."""
+
+    enabled: Free[bool] = True
+    """Write `report.html` into the run directory when an attempt ends."""
+
+
 class OptimConfig(BaseConfig):
     """AdamW on everything, or Muon on the 2-D matrices inside the blocks and AdamW on the rest."""
 
@@ -284,6 +300,8 @@ class RunConfig(BaseConfig):
     ckpt: CkptConfig | None = None
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
+    tracker: TrackerConfig = TrackerConfig()
+    report: ReportConfig = ReportConfig()
 
     SECTIONS: ClassVar[tuple[str, ...]] = ()
 

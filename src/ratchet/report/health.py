@@ -4,6 +4,7 @@ A rule looks at the whole curve and says the step at which it was first true, so
 when somebody looked. Curves are smoothed over WINDOW steps; nothing is said before 2 * WINDOW of them.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, median
 
@@ -61,7 +62,7 @@ def _reward_collapse(
     if len(means) <= WINDOW:
         return
     lowest = best = means[0][1]
-    steps = [abs(b - a) for (_, a), (_, b) in zip(curve, curve[1:], strict=False)]
+    steps = [abs(b - a) for (_, a), (_, b) in itertools.pairwise(curve)]
     noise = median(steps)
     for step, value in means[1:]:
         if best - value > max(0.5 * (best - lowest), 2 * noise) and best > lowest:

@@ -4,6 +4,7 @@
 console, `ratchet watch`, `ratchet status` and the report all draw this one picture.
 """
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -211,7 +212,7 @@ class Watcher:
 def _usual_s(trainer: list[Row]) -> float:
     """The median distance of the recent rows in time; a restart in between is one value of many."""
     times = [row["time/at_s"] for row in trainer[-RECENT - 1 :] if "time/at_s" in row]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b > a]
+    gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     return median(gaps) if gaps else 0.0
 
 

@@ -1,13 +1,12 @@
 """Who waits for whom, derived from what is published: a pure function, so that it can be worked by hand.
 
-| who                | waits for                                              | because                                  |
-|--------------------|--------------------------------------------------------|------------------------------------------|
-| trainer            | the orchestrator, to publish batch k                   | policy k is trained, batch k is not there |
-| trainer            | its own save                                           | the last checkpoint is not written yet    |
-| orchestrator       | the trainer, to publish policy k - max_async_level     | it may not run further ahead              |
-| orchestrator       | inference, to answer                                   | it may sample, and rollouts are in flight |
-| orchestrator       | inference, to play an evaluation                       | no policy is adopted in the middle of one |
-| the end of the run | the last evaluation                                    | every batch is trained                    |
+    trainer         the orchestrator, for batch k      policy k is trained, and batch k is not published
+                    the disk, for its last save        every batch is trained
+    orchestrator    the trainer, for a policy          it may not run further ahead than max_async_level
+                    inference, for answers             rollouts are in flight
+                    inference, for an evaluation       no policy is adopted in the middle of one
+
+docs/watching.md has the same table with what to do.
 """
 
 import msgspec
