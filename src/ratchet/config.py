@@ -126,6 +126,22 @@ class LaunchConfig(BaseConfig):
     """How long a node of the trainer waits for the first one to open the run."""
 
 
+class TrackerConfig(BaseConfig):
+    """Where the metric rows are copied to, by a process of its own that training never waits for."""
+
+    tensorboard: Free[bool] = True
+    """Write `trackers/tensorboard/` in the run directory."""
+    wandb: Free[str | None] = None
+    """A project of Weights & Biases; needs the extra `wandb`. WANDB_MODE=offline keeps it on this machine."""
+
+
+class ReportConfig(BaseConfig):
+    """The page that a run leaves behind."""
+
+    enabled: Free[bool] = True
+    """Write `report.html` into the run directory when an attempt ends."""
+
+
 class OptimConfig(BaseConfig):
     """AdamW on everything, or Muon on the 2-D matrices inside the blocks and AdamW on the rest."""
 
@@ -404,6 +420,8 @@ class RunConfig(BaseConfig):
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
     slurm: SlurmConfig | None = None
+    tracker: TrackerConfig = TrackerConfig()
+    report: ReportConfig = ReportConfig()
 
     SECTIONS: ClassVar[tuple[str, ...]] = ()
 

@@ -20,10 +20,10 @@ from ratchet.errors import Refusal
 C = TypeVar("C", bound=RunConfig)
 
 
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -49,7 +49,7 @@ def _check_facts_agree(cls: type[RunConfig], argv: list[str]) -> None:
             return  # the parser says it better
         tables = [data] if section else [data, *(data.get(name, {}) for name in cls.SECTIONS)]
         for table in tables:
-            for key, value in _leaves({k: v for k, v in table.items() if k in facts}):
+            for key, value in leaves({k: v for k, v in table.items() if k in facts}):
                 first = stated.setdefault(key, (value, path))
                 if first[0] != value:
                     raise Refusal(
@@ -147,7 +147,7 @@ def changes(old: C, new: C) -> list[Change]:
     table = marks(type(new))
     if isinstance(new, RLConfig) and new.deterministic:
         table["max_async_level"] = OnResume.FIXED
-    before, after = dict(_leaves(dump(old))), dict(_leaves(dump(new)))
+    before, after = dict(leaves(dump(old))), dict(leaves(dump(new)))
     found = []
     for key in sorted({*before, *after}):
         if before.get(key) != after.get(key):

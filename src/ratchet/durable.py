@@ -399,6 +399,16 @@ def revoke(paths: RunPaths, by: Stage, prefix: str = "") -> None:
             by.remove(paths.staging / name)
 
 
+def put(path: Path, data: bytes) -> None:
+    """Put a file in place of its older version that no program reads: a report. Whole or not at all; not flushed."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(data)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory outside any run, filled in the body, that appears under its name only when it is complete.

@@ -60,6 +60,18 @@ class RunPaths:
         return self.root / "metrics"
 
     @property
+    def timelines(self) -> Path:
+        return self.root / "timeline"
+
+    @property
+    def trackers(self) -> Path:
+        return self.root / "trackers"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def ledger(self) -> Path:
         return self.root / "ledger" / "ledger.jsonl"
 
@@ -85,6 +97,9 @@ class RunPaths:
 
     def eval(self, step: int) -> Path:
         return self.evals / step_name(step)
+
+    def timeline(self, role: str) -> Path:
+        return self.timelines / f"{role}.jsonl"
 
     def metric(self, role: str) -> Path:
         return self.metrics / f"{role}.jsonl"

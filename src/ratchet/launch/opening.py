@@ -286,6 +286,7 @@ def _carry_out(stage: Stage, record: Record) -> Record:
         paths.evals,
         paths.journal,
         paths.metrics,
+        paths.timelines,
         paths.superseded,
     ):
         directory.mkdir(exist_ok=True)

@@ -3,17 +3,22 @@
 import contextlib
 import socket
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import IO
 
+import msgspec
+
 from ratchet import durable, metrics
-from ratchet.attempts import Plan
+from ratchet.attempts import Outcome, Plan
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
 from ratchet.launch.supervisor import Supervisor
+from ratchet.launch.tracking import Tracking
+from ratchet.report import page, rollouts
 from ratchet.report.console import Console
 
 
@@ -32,21 +37,46 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
             sys.stderr.write(f"{message}\n")
         return EXIT_OK
     log = (opened.paths.attempt(opened.record.attempt) / "launcher.log").open("a")
-    console = Console(opened.paths, kind, config.max_steps, log)
+    console = Console(opened.paths, kind, config.max_steps, log, begins_at=opened.record.plan.step)
     _greet(console, opened)
-    supervisor = Supervisor(opened, console)
+    supervisor, tracking = Supervisor(opened, console), Tracking(opened)
     supervisor.install_signal_handlers()
     try:
         with console, contextlib.ExitStack() as held:
             _start_children(supervisor, config, roles, held)
+            tracking.start()
+            _prepare_report(opened)
             code, reason = supervisor.run()
     except BaseException as error:
         supervisor.kill()
+        tracking.kill()
         opened.close(EXIT_CRASH, f"launcher: {error!r}")
         raise
+    if said := tracking.finish():
+        console.say(said)
+    _write_report(console, opened, Outcome(code, reason))
     opened.close(code, reason, others_go_on="orchestrator" not in roles)
     _say_goodbye(console, opened, code, log)
     return code
+
+
+def _prepare_report(opened: Attempt) -> None:
+    """Read the tokenizer while the run goes on: a large one would hold up its end."""
+    if opened.config.report.enabled:
+        load = threading.Thread(
+            target=rollouts.load_tokenizer, args=(opened.paths, opened.config), daemon=True
+        )
+        load.start()
+
+
+def _write_report(console: Console, opened: Attempt, outcome: Outcome) -> None:
+    """Leave a page about the run. How a run ended is never changed by what fails here."""
+    if not opened.config.report.enabled:
+        return
+    try:
+        page.write_last(opened.paths, msgspec.structs.replace(opened.record, outcome=outcome))
+    except Exception as error:  # a defect here must not turn a finished run into a failed one
+        console.say(f"No report was written ({error!r}); `ratchet report {opened.paths.root}` tries again.")
 
 
 def _greet(console: Console, opened: Attempt) -> None:

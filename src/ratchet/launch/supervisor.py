@@ -177,7 +177,6 @@ class Supervisor:
         if restart.plan is not None:
             path = attempt.paths.metric("trainer")
             metrics.rewind(attempt.stage, path, restart.plan.step)
-            self.console.follow_again("trainer")
 
     def _where(self, role: str, plan: Plan | None) -> str:
         if plan is not None:

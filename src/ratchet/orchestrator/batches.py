@@ -28,6 +28,7 @@ def exact_row(batch: Batch, samples: list[Sample], progress: Progress) -> Row:
     """The part of a batch's row that a repetition must reproduce. `step` is the policy that it leads to.
 
     `policy/off_policy_steps` is the mean over samples of how many steps their oldest token lies behind.
+    `reward/equal_groups` is the share of groups that teach nothing, because all their rewards are equal.
     """
     rewards = [sample.reward for sample in samples]
     sampled = [sum(sample.mask) for sample in samples]
@@ -35,6 +36,7 @@ def exact_row(batch: Batch, samples: list[Sample], progress: Progress) -> Row:
         "step": batch.step + 1,
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
+        "reward/equal_groups": fmean(_is_equal(group) for group in batch.groups),
         "completion/mean_length": fmean(sampled),
         "completion/cut": fmean(sample.finish_reason == "length" for sample in samples),
         "policy/off_policy_steps": fmean(batch.step - sample.oldest_policy for sample in samples),
@@ -50,3 +52,7 @@ def exact_row(batch: Batch, samples: list[Sample], progress: Progress) -> Row:
         means = mean_metrics(sample.metrics for sample in own)
         row |= {f"env/{label}/{name}": value for name, value in means.items()}
     return row | {f"rollouts/dropped/{reason}": count for reason, count in batch.dropped.items()}
+
+
+def _is_equal(group: Group) -> bool:
+    return len({sample.reward for sample in group.samples}) == 1

@@ -25,7 +25,9 @@ from ratchet.envs import registry
 from ratchet.envs.base import Environment
 from ratchet.errors import RatchetError, Stopped
 from ratchet.log import LOGGER
+from ratchet.now import Now
 from ratchet.orchestrator import evals
+from ratchet.orchestrator.activity import Activity
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.client import Client
 from ratchet.orchestrator.evals import Evaluator
@@ -35,6 +37,7 @@ from ratchet.orchestrator.scheduler import Batch, Draw, EnvShare, Rules, Schedul
 from ratchet.orchestrator.served import Served
 from ratchet.paths import RunPaths
 from ratchet.records import RolloutFailure, Sample
+from ratchet.timeline import Timeline
 
 POLL_S = 0.02
 FENCE_CHECK_S = 1.0
@@ -50,6 +53,8 @@ class Counts:
     reconciled: int = 0
     replayed: int = 0
     mismatched: int = 0
+    env_s: float = 0.0
+    play_s: float = 0.0
 
 
 class Orchestrator:
@@ -79,6 +84,8 @@ class Orchestrator:
         self._is_evaluating = False
         self._wake = asyncio.Event()
         self._counts = Counts()
+        self._timeline = Timeline(run.stage)
+        self._activity = Activity(self._timeline)
         self._fence_checked = 0.0
 
     @property
@@ -103,6 +110,7 @@ class Orchestrator:
         while not self.is_done:
             self._check_fence()
             self._start_groups(tasks)
+            self._activity.see(self._scheduler.running, self._scheduler.next_batch)
             if (batch := self._scheduler.take_batch()) is not None:
                 await self._emit(batch, tasks)
             elif not await self._adopt_next(tasks):
@@ -114,6 +122,20 @@ class Orchestrator:
         if now - self._fence_checked > FENCE_CHECK_S:
             self._run.stage.check()
             self._fence_checked = now
+            self._activity.tell(self._run.stage, self._now())
+
+    def _now(self) -> Now:
+        scheduler = self._scheduler
+        return Now(
+            policy=self._served.step,
+            batch=scheduler.next_batch,
+            groups_running=scheduler.running,
+            groups_ready=scheduler.ready,
+            groups_wanted=self._config.orchestrator.groups_per_batch,
+            rollouts_running=self._player.running,
+            dropped=scheduler.rollouts_dropped,
+            evaluating=self._owed[0] if self._is_evaluating else None,
+        )
 
     async def _wait(self) -> None:
         try:
@@ -165,12 +187,15 @@ class Orchestrator:
 
     async def _emit(self, batch: Batch, tasks: asyncio.TaskGroup) -> None:
         """Publish a batch with the state just after it; new rollouts start while it is written."""
+        started = time.perf_counter()
+        self._activity.end(self._scheduler.running)
         state, unsettled = self._scheduler.state(), self._scheduler.unsettled()
         samples = credited(batch.groups, divide_by_std=self._config.orchestrator.divide_by_std)
         row = exact_row(batch, samples, self._scheduler.progress) | self._faults(samples)
         oldest = self._served.step
         self._start_groups(tasks)
         await asyncio.to_thread(self._publish, batch.step, samples, state, row, oldest)
+        self._timeline.add("batch", batch.step + 1, time.perf_counter() - started)
         await self._finished.trim(unsettled)
 
     def _publish(
@@ -198,11 +223,18 @@ class Orchestrator:
             reconciled=self._served.reconciled,
             replayed=self._finished.replayed,
             mismatched=self._finished.mismatched,
+            env_s=self._player.env_s,
+            play_s=self._player.play_s,
         )
         self._counts = now
         step_s = now.since - before.since
         return {
+            "time/at_s": round(time.time(), 3),
             "time/step_s": step_s,
+            "time/env_s": round(now.env_s - before.env_s, 4),
+            "time/rollouts_s": round(now.play_s - before.play_s, 4),
+            "perf/groups_in_flight": self._scheduler.running,
+            "perf/groups_ready": self._scheduler.ready,
             "perf/tokens_per_s": sum(sum(sample.mask) for sample in samples) / max(step_s, 1e-9),
             "fault/retries": now.retries - before.retries,
             "fault/reconciled": now.reconciled - before.reconciled,
@@ -222,7 +254,8 @@ class Orchestrator:
         )
         if policy is None:
             return False
-        await self._served.adopt(policy)
+        with self._timeline.phase("adopt", step):
+            await self._served.adopt(policy)
         if self._owed and self._owed[0] == step:
             self._is_evaluating = True
             tasks.create_task(self._evaluate(step))
@@ -263,7 +296,8 @@ class Orchestrator:
 
     async def _evaluate(self, step: int) -> None:
         assert self._config.orchestrator.eval is not None
-        await self._evaluator.play(self._config.orchestrator.eval, step)
+        with self._timeline.phase("eval", step):
+            await self._evaluator.play(self._config.orchestrator.eval, step)
         self._owed.remove(step)
         self._is_evaluating = False
         self._wake.set()

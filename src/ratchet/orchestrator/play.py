@@ -6,6 +6,7 @@ new messages. A failure is a value with a reason, never a reward of 0.
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
@@ -85,7 +86,11 @@ class _Strange(Exception):
 
 
 class Player:
-    """Plays rollouts against one server; at most `concurrency` requests are open at a time."""
+    """Plays rollouts against one server; at most `concurrency` requests are open at a time.
+
+    `running` rollouts are being played; `play_s` and `env_s` are the seconds that finished rollouts took, all
+    together, and those of them that were spent in the environment's own code.
+    """
 
     def __init__(
         self, chat: Chat, client: Client, served: Served, config: ClientConfig, *, concurrency: int
@@ -96,6 +101,9 @@ class Player:
         self._replays = config.retries
         self._slots = asyncio.Semaphore(concurrency)
         self._errors_seen = 0
+        self.running = 0
+        self.play_s = 0.0
+        self.env_s = 0.0
 
     async def open(self, env: Environment, index: int, split: Split) -> Opening | RolloutFailure:
         """Render the prompt of a task, for all its rollouts."""
@@ -112,6 +120,17 @@ class Player:
 
     async def play(self, opening: Opening, place: Place, sampling: Sampling) -> Sample | RolloutFailure:
         """One rollout to its score. Played again, with the same seeds, if the server held other weights."""
+        started = time.perf_counter()
+        self.running += 1
+        try:
+            return await self._play_until_ours(opening, place, sampling)
+        finally:
+            self.running -= 1
+            self.play_s += time.perf_counter() - started
+
+    async def _play_until_ours(
+        self, opening: Opening, place: Place, sampling: Sampling
+    ) -> Sample | RolloutFailure:
         for _ in range(self._replays + 1):
             generation = self._served.generation
             try:
@@ -186,6 +205,7 @@ class Player:
 
     async def _guard(self, call: Awaitable[T], what: str) -> T | RolloutFailure:
         """Run an environment's own code: whatever it raises is the rollout's failure, not the program's."""
+        started = time.perf_counter()
         try:
             return await call
         except Exception as error:
@@ -193,6 +213,8 @@ class Player:
             if self._errors_seen <= _ERRORS_SHOWN:
                 LOGGER.warning("the environment failed on %s", what, exc_info=error)
             return RolloutFailure(ENV_ERROR, repr(error))
+        finally:
+            self.env_s += time.perf_counter() - started
 
 
 def _is_finite(score: Score) -> bool:

@@ -141,6 +141,21 @@ class Scheduler:
         return self.progress.step
 
     @property
+    def running(self) -> int:
+        """Draws that are being played."""
+        return len(self._running)
+
+    @property
+    def ready(self) -> int:
+        """Finished groups that are in no batch yet."""
+        return len(self._ready)
+
+    @property
+    def rollouts_dropped(self) -> dict[str, int]:
+        """By reason, since the newest batch."""
+        return dict(sorted(self._rollouts_dropped.items()))
+
+    @property
     def is_complete(self) -> bool:
         return self.progress.step >= self._rules.max_steps
 

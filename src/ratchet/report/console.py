@@ -1,76 +1,102 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, lines elsewhere, a summary at the end.
+"""What a person sees while a run goes on: one screen on a terminal, lines elsewhere, a summary at the end.
 
-It follows the metric files, so it needs nothing from the programs and cannot disturb them.
+It reads the run directory only, so it needs nothing from the programs and cannot disturb them; `ratchet watch` is
+the same screen without the run.
 """
 
 import os
 import sys
+import time
 from collections.abc import Mapping
-from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
-import msgspec
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
 from ratchet import metrics
+from ratchet.errors import Damaged
 from ratchet.metrics import Row
 from ratchet.paths import RunPaths
 from ratchet.report.curve import curve
+from ratchet.report.screen import screen
+from ratchet.report.tail import Tail
+from ratchet.report.view import Watcher
+
+DRAW_S = 0.5
+CHECK_S = 5.0
 
 
-class Follower:
-    """Yields the rows that were appended to a metric file since the last look."""
+def open_terminal(file: IO[str]) -> RichConsole:
+    """Colours unless NO_COLOR is set; the width is the terminal's, or COLUMNS."""
+    return RichConsole(file=file, no_color="NO_COLOR" in os.environ, highlight=False)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
 
-    def fresh(self) -> list[Row]:
+class Screen:
+    """A live screen of one run on a terminal. Use as a context manager; `draw` looks at the run again."""
+
+    def __init__(self, paths: RunPaths, console: RichConsole) -> None:
+        self._console = console
+        self._watcher = Watcher(paths)
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=False)
+
+    def __enter__(self) -> "Screen":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def draw(self) -> bool:
+        """Returns whether the run is open still."""
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [msgspec.json.decode(line) for line in whole.splitlines()]
+            view = self._watcher.look()
+        except Damaged as error:
+            self._live.update(Text(str(error)), refresh=True)
+            return True
+        if view is None:
+            self._live.update(Text("No attempt has begun yet."), refresh=True)
+            return True
+        self._live.update(screen(view, self._console.width), refresh=True)
+        return view.is_open
 
 
 class Console:
     """The display of one attempt. Use as a context manager around the run."""
 
-    def __init__(self, paths: RunPaths, kind: str, max_steps: int, log: IO[str]) -> None:
+    def __init__(
+        self, paths: RunPaths, kind: str, max_steps: int, log: IO[str], *, begins_at: int = 0
+    ) -> None:
         self._paths = paths
         self._kind = kind
         self._max_steps = max_steps
+        self._begins_at = begins_at
         self._log = log
-        self._rich = RichConsole(file=sys.stderr, no_color="NO_COLOR" in os.environ, highlight=False)
-        self._followers = {
-            role: Follower(paths.metric(role)) for role in ("trainer", "orchestrator", "evals")
-        }
+        self._rich = open_terminal(sys.stderr)
+        self._tails = {role: Tail(paths.metric(role)) for role in ("trainer", "orchestrator", "evals")}
+        for tail in self._tails.values():
+            tail.look()
         self._rewards: dict[int, float] = {}
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=self._rich,
-            disable=not self._rich.is_terminal,
-        )
-        rows = metrics.read(paths.metric("trainer"))
-        self._task = self._progress.add_task(
-            kind, total=max_steps, completed=rows[-1]["step"] if rows else 0, note="starting"
-        )
+        self._screen = Screen(paths, self._rich) if self._rich.is_terminal else None
+        self._watcher = Watcher(paths)
+        self._drawn_at = self._checked_at = 0.0
+        self._said: set[str] = set()
 
     def __enter__(self) -> "Console":
-        self._progress.start()
+        if self._screen is not None:
+            self._screen.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._screen is not None:
+            self._screen.draw()
+            self._screen.__exit__(kind, error, trace)
+            self._screen = None
 
     def say(self, text: str) -> None:
         """One message, to the person and to the launcher's log."""
@@ -80,12 +106,37 @@ class Console:
 
     def refresh(self) -> None:
         """Show what the programs have recorded since the last call."""
-        for row in self._followers["orchestrator"].fresh():
+        for row in self._tails["orchestrator"].look():
             self._rewards[row["step"]] = row.get("reward/mean", float("nan"))
-        for row in self._followers["trainer"].fresh():
+        for row in self._tails["trainer"].look():
             self._show_step(row)
-        for row in self._followers["evals"].fresh():
+        for row in self._tails["evals"].look():
             self.say(f"eval of policy {row['step']}: {_pairs(row, 'eval/')}")
+        now = time.monotonic()
+        if self._screen is not None and now - self._drawn_at > DRAW_S:
+            self._screen.draw()
+            self._drawn_at = now
+        if now - self._checked_at > CHECK_S:
+            self._check()
+            self._checked_at = now
+
+    def _check(self) -> None:
+        """Say each warning once: those of this attempt's steps, and a stall once for as long as it lasts."""
+        try:
+            view = self._watcher.look()
+        except Damaged:
+            return  # the record is between two states; the launcher itself would say so
+        if view is None:
+            return
+        for warning in view.warnings:
+            if warning.step > self._begins_at and warning.key not in self._said:
+                self._said.add(warning.key)
+                self.say(f"Warning: {warning}")
+        if view.stall is None:
+            self._said.discard("stall")
+        elif "stall" not in self._said:
+            self._said.add("stall")
+            self.say(f"Warning: {view.stall}")
 
     def _show_step(self, row: Row) -> None:
         step = row["step"]
@@ -93,16 +144,11 @@ class Console:
         if step in self._rewards:
             note = f"reward {self._rewards[step]:.3f}  {note}"
         note += f"  lr {row['lr']:.2e}  {row.get('perf/tokens_per_s', 0):,.0f} tok/s"
-        self._progress.update(self._task, completed=step, note=note)
         line = f"step {step}/{self._max_steps}  {note}"
         if self._rich.is_terminal:
             self._log.write(line + "\n")
         else:
             self.say(line)
-
-    def follow_again(self, role: str) -> None:
-        """A metric file was cut back: what is appended to it from now on is shown."""
-        self._followers[role] = Follower(self._paths.metric(role))
 
     def summarize(self, restarts: Mapping[str, int]) -> None:
         """The closing summary: the curve, first and last figures, where everything lies."""
@@ -123,6 +169,8 @@ class Console:
         if restarts:
             lines.append("restarts: " + ", ".join(f"{role} {count}" for role, count in restarts.items()))
         lines.append(f"model: {self._paths.weight(last['step'])}   everything: {self._paths.root}")
+        if self._paths.report.exists():
+            lines.append(f"report: {self._paths.report}")
         self.say("\n".join(lines))
 
 

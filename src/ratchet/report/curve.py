@@ -1,9 +1,22 @@
 """A curve in characters, for the end of a run on any terminal."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """One line of blocks, the lowest value as the lowest block; values that are not finite are left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    columns = _resample(finite, min(width, len(finite)))
+    low, high = min(columns), max(columns)
+    if high == low:
+        return _EIGHTHS[4] * len(columns)
+    return "".join(_EIGHTHS[1 + round((value - low) / (high - low) * 7)] for value in columns)
 
 
 def curve(values: Sequence[float], *, width: int = 60, height: int = 6) -> str:

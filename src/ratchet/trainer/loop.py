@@ -13,6 +13,7 @@ from ratchet.mirror.upload import Uploader
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.publish import Publisher
 from ratchet.trainer.sft_data import SFTSource
@@ -36,17 +37,20 @@ class Trainer:
         self._assignment = assignment
         self._config: SFTConfig | RLConfig = assignment.config
         self._world = world
+        self._timeline = Timeline(assignment.stage if world.is_first else None)
+        opened = time.perf_counter()
         self._is_stopping = is_stopping
         model, base = build_trainable(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
-        self._checkpointer = Checkpointer(assignment, world, on_commit=self._on_commit)
+        self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._on_commit)
         self._mirror = Uploader.of(assignment) if world.is_first else None
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world)
         self._source = open_source(self._config, assignment.paths, is_stopping)
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
+        self._timeline.add("start", assignment.plan.step, time.perf_counter() - opened)
 
     @property
     def _step(self) -> int:
@@ -72,6 +76,7 @@ class Trainer:
                 self._stop()
             batch = self._source.read(step)
             waited = time.perf_counter()
+            self._timeline.add("wait", step + 1, waited - started)
             figures = self._updater.update(batch, step, self._factor(step))
             rows.advance(self._state.progress, batch)
             trained = time.perf_counter()
@@ -97,7 +102,9 @@ class Trainer:
         if not self._world.is_first:
             return
         row = rows.exact_row(self._config, self._state.progress, batch, figures, self._factor(self._step - 1))
+        self._timeline.add("train", self._step, train_s)
         row |= {
+            "time/at_s": round(time.time(), 3),
             "time/wait_s": round(wait_s, 4),
             "time/train_s": round(train_s, 4),
             "perf/tokens_per_s": round(batch.tokens / train_s, 1),
@@ -109,7 +116,8 @@ class Trainer:
     def _publish(self, batch: Batch) -> None:
         """RL publishes every policy, SFT those of its checkpoints."""
         if isinstance(self._config, RLConfig):
-            self._publisher.publish(self._state.model, self._step)
+            with self._timeline.phase("publish", self._step):
+                self._publisher.publish(self._state.model, self._step)
             self._oldest_served = batch.oldest_served or 0
             if self._world.is_first:
                 self._prune(self._step)

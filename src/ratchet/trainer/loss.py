@@ -29,7 +29,8 @@ def policy_gradient(
     """RL: the clipped surrogate against the policy that sampled each token.
 
     A token whose ratio is extreme carries no information about the sampler's choice and is left out; it still
-    counts in the mean, so that leaving out does not make the others heavier.
+    counts in the mean, so that leaving out does not make the others heavier. `policy/entropy` is estimated from the
+    tokens that were sampled: unbiased where the policy that sampled is the one that trains.
 
     Shapes: (N,) float32, (N,) float32, (N,) float32 -> ()
     Source: PPO, arXiv:1707.06347; clip-higher, arXiv:2503.14476
@@ -44,6 +45,7 @@ def policy_gradient(
         is_clipped_N = is_kept_N & (clipped_N * advantages_N < ratio_N * advantages_N)
         metrics = {
             "policy/mismatch_kl": (ratio_N - 1 - difference_N).sum(),
+            "policy/entropy": -logprobs_N.sum(),
             "policy/ratio_mean": ratio_N.sum(),
             "policy/clipped_fraction": is_clipped_N.sum().float(),
             "policy/masked_fraction": (~is_kept_N).sum().float(),

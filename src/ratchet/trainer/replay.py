@@ -24,6 +24,7 @@ from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.loop import open_source
 from ratchet.trainer.state import Checkpointer, TrainerState
@@ -82,7 +83,7 @@ class Replay:
             lineage=newest.lineage,
             stage=Stage(self._paths, "replay"),
         )
-        return Checkpointer(run, self._world, on_commit=lambda step: None)
+        return Checkpointer(run, self._world, Timeline(None), on_commit=lambda step: None)
 
     def _open(self, config: SFTConfig | RLConfig) -> None:
         self._config = config

@@ -29,6 +29,7 @@ from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.log import LOGGER
 from ratchet.models import adapters
 from ratchet.records import FileEntry, Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import schedule
 from ratchet.trainer.optim import Optimizer
 from ratchet.trainer.schedule import ScheduleRecord
@@ -71,7 +72,10 @@ class TrainerState:
 class Checkpointer:
     """Saves and restores one trainer."""
 
-    def __init__(self, assignment: Assignment, world: World, on_commit: Callable[[int], None]) -> None:
+    def __init__(
+        self, assignment: Assignment, world: World, timeline: Timeline, on_commit: Callable[[int], None]
+    ) -> None:
+        self._timeline = timeline
         self._assignment = assignment
         self._config = assignment.config
         self._world = world
@@ -118,8 +122,9 @@ class Checkpointer:
             self._run(step, directory, meta, state.tensors())
             self.poll()
             return
-        # The buffers are free again: the save before has ended.
-        staged = self._staging.copy(state.tensors())
+        with self._timeline.phase("copy", step):
+            # The buffers are free again: the save before has ended.
+            staged = self._staging.copy(state.tensors())
         self._thread = threading.Thread(
             target=self._run, args=(step, directory, meta, staged), name=f"save-{step}", daemon=True
         )
@@ -192,7 +197,8 @@ class Checkpointer:
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         try:
-            self._write(step, directory, meta, tensors)
+            with self._timeline.phase("save", step):
+                self._write(step, directory, meta, tensors)
             self._failures = 0
         except BaseException as error:
             self._error = error
