@@ -17,6 +17,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ratchet.durable import Stage
@@ -49,9 +50,13 @@ class Heartbeat:
         self._begin()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
+    def tick(self) -> None:
+        """From the first tick on, no sign of life without another."""
+        self._ticked_at = time.monotonic()
+
     def follow(self, loop: asyncio.AbstractEventLoop) -> None:
         """From now on, no sign of life without a tick of this loop."""
-        self._ticked_at = time.monotonic()
+        self.tick()
         loop.call_later(PERIOD_S, self.follow, loop)
 
     def _run(self) -> None:
@@ -108,6 +113,17 @@ def follow_loop() -> None:
     """Tie the signs of life to the running event loop; nothing in a program that belongs to no attempt."""
     if _current is not None:
         _current.follow(asyncio.get_running_loop())
+
+
+async def follow_answers(ask: Callable[[], Awaitable[object]]) -> None:
+    """Tie the signs of life to what lives in another process, and to the running event loop by which it is asked.
+
+    Nothing in a program that belongs to no attempt.
+    """
+    while _current is not None:
+        await ask()
+        _current.tick()
+        await asyncio.sleep(PERIOD_S)
 
 
 def last_beat(directory: Path, rank: int = 0) -> int | None:

@@ -138,7 +138,7 @@ class Server:
         self.url = self._wait_until_ready()
 
     def _wait_until_ready(self):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and self.process.poll() is None:
             if found := re.search(r"serving .* at (http://\S+)", self.log.read_text()):
                 return found[1]

@@ -41,14 +41,16 @@ ENDLESS = LONG - 3
 """Tokens that keep a slot busy for seconds."""
 
 
-@pytest.fixture(scope="module", params=["torch", "vllm"])
+def pytest_generate_tests(metafunc):
+    if "engine" in metafunc.fixturenames:
+        is_named = metafunc.config.getoption("vllm_python") is not None
+        engines = ["torch", "vllm"] if is_named else ["torch"]
+        metafunc.parametrize("engine", engines, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def engine(request):
-    if request.param == "torch":
-        return Torch()
-    python = request.config.getoption("vllm_python")
-    if python is None:
-        pytest.skip("no vLLM was named: --vllm-python PYTHON")
-    return Vllm(python)
+    return Torch() if request.param == "torch" else Vllm(request.config.getoption("vllm_python"))
 
 
 @pytest.fixture(scope="module")

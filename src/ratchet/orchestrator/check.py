@@ -15,6 +15,7 @@ from ratchet.config import EnvConfig, RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment, Message, Split, settle
 from ratchet.errors import Refusal
+from ratchet.orchestrator import vllm_fit
 from ratchet.orchestrator.client import WeightInfo, nobody_answers
 
 _PROBE_POLL_S = 0.2
@@ -107,6 +108,8 @@ def probe(config: RLConfig) -> None:
         time.sleep(_PROBE_POLL_S)
     directory = Path(config.model.name)
     data = _get(f"{url}/weight_info")
+    if (misfit := vllm_fit.misfit(data, _get(f"{url}/version"))) is not None:
+        raise Refusal(f"The server at {url} {misfit}")
     if not data or not (directory / "config.json").is_file():
         return
     try:

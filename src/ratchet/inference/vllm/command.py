@@ -34,6 +34,8 @@ _OURS = {
     "weight_transfer_config": None,
     "logprobs_mode": None,
     "generation_config": None,
+    "override_generation_config": None,
+    "api_server_count": None,
 }
 
 _LOOK = """

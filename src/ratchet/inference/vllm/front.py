@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from vllm import __version__ as vllm_version  # pyright: ignore
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore
 
-from ratchet import weights
+from ratchet import heartbeat, weights
 from ratchet.errors import Damaged, RatchetError, Refusal
 from ratchet.inference.adoption import UNLABELLED, OutOfSequence, UpdateSequence, architecture
 from ratchet.inference.vllm.plugin import BACKEND
@@ -39,7 +39,7 @@ class Interrupted(RatchetError):
 class Front:
     """The middleware: one for each server, with what it knows about updates and pauses."""
 
-    on_ready: Callable[[], None] = staticmethod(lambda: None)
+    on_ready: Callable[["Front"], None] = staticmethod(lambda front: None)
     """Called when the application is up; a server of ours says so to its launcher."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -47,6 +47,7 @@ class Front:
         self._updates = UpdateSequence()
         self._lock = asyncio.Lock()
         self._draining: asyncio.Task[Any] | None = None
+        self._is_loading = False
         self._frozen: frozenset[str] = frozenset()
         self._engine: Any = None
         self._arguments: Any = None
@@ -54,16 +55,36 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, _announcing(send, self.on_ready))
+            await self._app(scope, receive, self._announcing(scope, send))
             return
         handler = _ROUTES.get((scope.get("method", ""), scope.get("path", "")))
         if handler is None:
             await self._app(scope, receive, send)
             return
-        state = scope["app"].state
-        self._engine, self._arguments = state.engine_client, state.args
+        self._meet(scope)
         response = await self._answer(handler, Request(scope, receive))
         await response(scope, receive, send)
+
+    def _meet(self, scope: Scope) -> None:
+        state = scope["app"].state
+        self._engine, self._arguments = state.engine_client, state.args
+
+    def _announcing(self, scope: Scope, send: Send) -> Send:
+        async def announce(message: Message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                self._meet(scope)
+                self.on_ready(self)
+
+        return announce
+
+    async def answers(self) -> None:
+        """Wait for a word of the engine, which is a process of its own; while it loads weights it owes none."""
+        if self._is_loading:
+            return
+        asked = asyncio.ensure_future(self._engine.is_paused())
+        while not asked.done() and not self._is_loading:
+            await asyncio.wait({asked}, timeout=heartbeat.PERIOD_S)
 
     async def _answer(self, handler: "Handler", request: Request) -> Response:
         try:
@@ -106,6 +127,7 @@ class Front:
             "weight_transfer": transfer.backend if transfer is not None else None,
             "logprobs_mode": model.logprobs_mode,
             "sampling_defaults": model.get_diff_sampling_param(),
+            "scale_out": self._arguments.enable_scale_out,
         }
 
     async def init_weight_transfer_engine(self, request: Request) -> dict[str, Any]:
@@ -160,12 +182,15 @@ class Front:
     async def _load(self, path: str) -> None:
         """One whole update in vLLM's terms, so that none is ever left open there."""
         await self._engine.start_weight_update()
+        self._is_loading = True
         try:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
         except Exception as error:
             if (refusal := carried(str(error))) is None:
                 raise
             raise _KINDS.get(refusal[0], Refusal)(refusal[1]) from None
+        finally:
+            self._is_loading = False
         await self._engine.finish_weight_update()
 
     async def finish_weight_update(self, request: Request) -> dict[str, Any]:
@@ -200,15 +225,6 @@ _ROUTES: Mapping[tuple[str, str], Handler] = {
     ("POST", "/reset_prefix_cache"): Front.reset_prefix_cache,
     ("POST", "/resume"): Front.resume,
 }
-
-
-def _announcing(send: Send, on_ready: Callable[[], None]) -> Send:
-    async def announce(message: Message) -> None:
-        await send(message)
-        if message["type"] == "lifespan.startup.complete":
-            on_ready()
-
-    return announce
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -60,10 +60,12 @@ def _serve(listener: socket.socket, given: Sequence[str]) -> None:
         nonlocal was_asked
         was_asked = True
 
-    def on_ready() -> None:
+    watching = []
+
+    def on_ready(front: Front) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, remember)  # beside vLLM's own, which its event loop calls all the same
-        heartbeat.follow_loop()
+        watching.append(asyncio.create_task(heartbeat.follow_answers(front.answers)))
         LOGGER.info("serving %s at %s", arguments.model, address)
 
     Front.on_ready = staticmethod(on_ready)  # pyright: ignore[reportAttributeAccessIssue]
