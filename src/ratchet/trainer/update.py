@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
@@ -40,12 +40,20 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model)
+    dtypes = mixed_precision(config)
     blocks = set(model._no_split_modules or [])
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=world.mesh, reshard_after_forward=world.size > 1)
-    fully_shard(policy, mesh=world.mesh, reshard_after_forward=False)
+            fully_shard(module, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.size > 1)
+    fully_shard(policy, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=False)
     return policy
+
+
+def mixed_precision(config: TrainerConfig) -> MixedPrecisionPolicy:
+    """bf16: the passes run on a copy in bf16, as the sampler does; weights, sums of gradients, optimizer in fp32."""
+    if config.precision == "fp32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
@@ -53,6 +61,12 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     policy = shard(model, config.trainer, world)
     optimizer = Optimizer(model, config.trainer.optim)
     return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copied without waiting for what the device is doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass
@@ -101,19 +115,17 @@ class Updater:
         """Add one micro-batch's gradient; gradients are reduced across the ranks with the last one."""
         assert isinstance(self.policy, FSDPModule)
         self.policy.set_requires_gradient_sync(is_last)
-        device = self.world.device
-        inputs_BT, targets_BT, mask_BT, behaviour_N, advantages_N = (
-            torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        inputs_BT, cells_N, targets_N, behaviour_N, advantages_N = (
+            to_device(array, self.world.device)
             for array in (
                 part.inputs_BT,
-                part.targets_BT,
-                part.mask_BT,
+                part.cells_N,
+                part.targets_N,
                 part.behaviour_N,
                 part.advantages_N,
             )
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logprobs_N = self.policy(inputs_BT, targets_BT, mask_BT, temperature)
+        logprobs_N = self.policy(inputs_BT, cells_N, targets_N, temperature)
         result = self.loss(logprobs_N, behaviour_N, advantages_N)
         # FSDP averages over the ranks; the loss is a mean over tokens, so the average is undone.
         (result.loss * (self.world.size / tokens)).backward()
