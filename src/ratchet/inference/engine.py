@@ -7,6 +7,7 @@ all slots once.
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ import torch
 from ratchet.inference.sampling import draw_uniforms, sample
 from ratchet.inference.slots import Prefilled, SlotModel
 
+T = TypeVar("T")
+ADMITTED_AT_ONCE = 64
 FRESH = "default"
 """The version of a server that nobody has given weights to: vLLM's word."""
 
@@ -58,6 +61,11 @@ class Sequence:
     def finish(self, reason: str) -> None:
         self.finish_reason = reason
         self.on_finish(self)
+
+
+def _split(values: list[T]) -> list[list[T]]:
+    """Parts that are sampled at once: the distribution over a large vocabulary takes memory."""
+    return [values[i : i + ADMITTED_AT_ONCE] for i in range(0, len(values), ADMITTED_AT_ONCE)]
 
 
 class Engine:
@@ -109,7 +117,8 @@ class Engine:
     def step(self) -> None:
         """Admit what fits, then sample one token in every slot that is in use."""
         while self.waiting and self._free:
-            self._admit(self.waiting.popleft())
+            count = min(len(self.waiting), len(self._free))
+            self._admit([self.waiting.popleft() for _ in range(count)])
         if self.active:
             self._decode()
 
@@ -143,28 +152,41 @@ class Engine:
             self._prompts.popitem(last=False)
         return self._prompts[key]
 
-    def _admit(self, sequence: Sequence) -> None:
-        prefilled = self._prefill(sequence.prompt)
-        slot = self._free.pop()
-        self.active[slot] = sequence
-        self.model.place(slot, prefilled)
-        self._positions_S[slot] = len(sequence.prompt)
-        self._temperatures_S[slot] = sequence.temperature
-        self._uniforms_SL[slot] = draw_uniforms(sequence.seed, self.model.max_model_len)
-        self._sample(prefilled.logits_1V, [slot])
+    def _admit(self, sequences: list[Sequence]) -> None:
+        """Move sequences into free slots and draw the first token of each. Rows do not meet in `sample`."""
+        slots, logits = [], []
+        for sequence in sequences:
+            prefilled = self._prefill(sequence.prompt)
+            slot = self._free.pop()
+            self.active[slot] = sequence
+            self.model.place(slot, prefilled)
+            self._positions_S[slot] = len(sequence.prompt)
+            self._temperatures_S[slot] = sequence.temperature
+            self._uniforms_SL[slot] = draw_uniforms(sequence.seed, self.model.max_model_len)
+            slots.append(slot)
+            logits.append(prefilled.logits_1V)
+        for some, part in zip(_split(slots), _split(logits), strict=True):
+            temperatures_N, uniforms_N = self._chances(some)
+            self._tell(some, *sample(torch.cat(part), temperatures_N, uniforms_N))
 
     def _decode(self) -> None:
-        logits_SV = self.model.decode(torch.from_numpy(self._tokens_S), torch.from_numpy(self._positions_S))
+        slots = list(range(self.model.slots))
+        drawn = self.model.sample(
+            torch.from_numpy(self._tokens_S), torch.from_numpy(self._positions_S), *self._chances(slots)
+        )
         for slot in self.active:
             self._positions_S[slot] += 1
-        self._sample(logits_SV, list(range(self.model.slots)))
+        self._tell(slots, *drawn)
 
-    def _sample(self, logits_NV: torch.Tensor, slots: list[int]) -> None:
-        """Draw for the given slots, and tell the sequences that are in them."""
+    def _chances(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Temperature and next uniform draw of each slot. Shapes: -> (N,) float64, (N,) float64"""
         drawn = [len(self.active[slot].token_ids) if slot in self.active else 0 for slot in slots]
-        uniforms_N = torch.from_numpy(self._uniforms_SL[slots, drawn]).to(logits_NV.device)
-        temperatures_N = torch.from_numpy(self._temperatures_S[slots]).to(logits_NV.device)
-        tokens_N, logprobs_N = sample(logits_NV, temperatures_N, uniforms_N)
+        return torch.from_numpy(self._temperatures_S[slots]), torch.from_numpy(
+            self._uniforms_SL[slots, drawn]
+        )
+
+    def _tell(self, slots: list[int], tokens_N: torch.Tensor, logprobs_N: torch.Tensor) -> None:
+        """Append what was drawn to the sequences in the given slots."""
         for slot, token, logprob in zip(slots, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             if slot in self.active:
                 self._advance(slot, token, logprob)

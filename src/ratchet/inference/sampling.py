@@ -26,6 +26,7 @@ def sample(
     every operation runs along V. A row of non-finite logits has a log-probability that is not finite.
     Shapes: (S, V), (S,) float64, (S,) float64 -> (S,) int64, (S,) float64
     """
+    temperatures_S, uniforms_S = temperatures_S.to(logits_SV.device), uniforms_S.to(logits_SV.device)
     is_greedy_S = temperatures_S == 0
     scales_S = torch.where(is_greedy_S, 1.0, temperatures_S)
     logprobs_SV = (logits_SV.double() / scales_S[:, None]).log_softmax(-1)

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ratchet.inference.graphs import Graphs, padded_length
+from ratchet.inference.sampling import sample
+
 ATTENTION = "ratchet_slots"
 SMALLEST_SPAN = 64
 
@@ -62,10 +65,16 @@ class SlotCache(Cache):
         """Move a prefilled prompt into a slot."""
         if not self.rows:
             self.rows = [(self._empty(key), self._empty(value)) for key, value in layers]
-        for row, prompt in zip(self.rows, layers, strict=True):
-            for store_SKTD, states_1KLD in zip(row, prompt, strict=True):
-                store_SKTD[slot].zero_()
-                store_SKTD[slot, :, : states_1KLD.shape[2]] = states_1KLD[0]
+        pairs = [
+            (store_SKTD[slot], states_1KLD[0])
+            for row, prompt in zip(self.rows, layers, strict=True)
+            for store_SKTD, states_1KLD in zip(row, prompt, strict=True)
+        ]
+        torch._foreach_zero_([store_KTD for store_KTD, _ in pairs])
+        torch._foreach_copy_(
+            [store_KTD[:, : states_KLD.shape[1]] for store_KTD, states_KLD in pairs],
+            [states_KLD for _, states_KLD in pairs],
+        )
 
     def aim(self, positions_S: torch.Tensor, span: int) -> None:
         """Say where the next decode step writes, and how many positions it reads."""
@@ -182,21 +191,59 @@ class SlotModel:
         self.device = model.device
         self.cache = SlotCache(slots, -(-max_model_len // SMALLEST_SPAN) * SMALLEST_SPAN)
         self.buckets_spans = True
+        self._graphs = Graphs()
 
     @torch.inference_mode()
     def prefill(self, token_ids: list[int]) -> Prefilled:
         """Run over one prompt. A pure function of the weights and the prompt."""
+        length = len(token_ids)
+        padded = padded_length(length, self.cache.length) if self.device.type == "cuda" else None
+        if padded is None:
+            ids_1L = torch.tensor([token_ids], device=self.device)
+            return self._run_prompt(ids_1L, torch.tensor([length - 1], device=self.device))
+        ids_1L = torch.zeros((1, padded), dtype=torch.int64)
+        ids_1L[0, :length] = torch.tensor(token_ids)
+        inputs = (ids_1L, torch.tensor([length - 1]))
+        found = self._graphs.run(("prefill", padded), self._run_prompt, inputs, self.device)
+        layers = [(key[:, :, :length].clone(), value[:, :, :length].clone()) for key, value in found.layers]
+        return Prefilled(layers, found.logits_1V.clone())
+
+    def _run_prompt(self, ids_1L: torch.Tensor, last_1: torch.Tensor) -> Prefilled:
+        """Keys and values of a prompt that may be padded at the right, and the logits after its last token."""
         cache = PromptCache()
-        ids_1L = torch.tensor([token_ids], device=self.device)
-        positions_1L = torch.arange(len(token_ids), device=self.device)[None]
         output = self.model(
             input_ids=ids_1L,
-            position_ids=positions_1L,
+            position_ids=torch.arange(ids_1L.shape[1], device=ids_1L.device)[None],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last_1,
         )
         return Prefilled(cache.collected, output.logits[:, -1])
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        tokens_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        temperatures_S: torch.Tensor,
+        uniforms_S: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token to every slot and draw the next. Shapes: 4 x (S,) -> (S,) int64, (S,) float64
+
+        What comes back is overwritten by the next call.
+        """
+        span = self.span(int(positions_S.max()) + 1)
+
+        def step(
+            tokens_S: torch.Tensor,
+            positions_S: torch.Tensor,
+            temperatures_S: torch.Tensor,
+            uniforms_S: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return sample(self.decode(tokens_S, positions_S, span), temperatures_S, uniforms_S)
+
+        inputs = (tokens_S, positions_S, temperatures_S, uniforms_S)
+        return self._graphs.run(("decode", span), step, inputs, self.device)
 
     @torch.inference_mode()
     def place(self, slot: int, prefilled: Prefilled) -> None:

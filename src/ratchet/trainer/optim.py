@@ -32,7 +32,7 @@ class Optimizer:
             for name in _STATE_NAMES[type(part).__name__]:
                 part.state[parameter][name] = torch.zeros_like(parameter)
             if isinstance(part, torch.optim.AdamW):
-                part.state[parameter]["step"] = torch.zeros(())
+                part.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
     def _each(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
         for part in self._parts:
@@ -96,7 +96,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.A
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _muon(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

@@ -39,6 +39,16 @@ class MicroBatch:
     behaviour_N: np.ndarray
     advantages_N: np.ndarray
 
+    @property
+    def cells_N(self) -> np.ndarray:
+        """Where the N inputs are whose next token counts: row * T + position. Worked out here, because asking
+        the device would make it wait for everything before."""
+        return np.flatnonzero(self.mask_BT)
+
+    @property
+    def targets_N(self) -> np.ndarray:
+        return self.targets_BT[self.mask_BT]
+
 
 def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group row indices so that rows x longest <= budget, longest first; a row above the budget stands alone."""

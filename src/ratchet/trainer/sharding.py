@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -29,6 +29,7 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
     model.to(world.device)  # pyright: ignore[reportArgumentType]
     model.train()
     policy = Policy(model)
+    dtypes = mixed_precision(config)
     if config.compile:
         _settle_compiler()
     for layer in _layers(model):
@@ -38,9 +39,16 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
         if config.activation_checkpointing == "full":
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
-        fully_shard(layer, mesh=world.mesh, reshard_after_forward=world.is_sharded)
-    fully_shard(policy, mesh=world.mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.is_sharded)
+    fully_shard(policy, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=False)
     return policy
+
+
+def mixed_precision(config: TrainerConfig) -> MixedPrecisionPolicy:
+    """bf16: the passes run on a copy in bf16, as the sampler does; weights, sums of gradients, optimizer in fp32."""
+    if config.precision == "fp32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:

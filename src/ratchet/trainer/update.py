@@ -41,6 +41,12 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed)
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copied without waiting for what the device is doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass
 class Updater:
     """Turns policy k into policy k+1."""
@@ -87,19 +93,17 @@ class Updater:
         """Add one micro-batch's gradient; gradients are reduced across the ranks with the last one."""
         assert isinstance(self.policy, FSDPModule)
         self.policy.set_requires_gradient_sync(is_last)
-        device = self.world.device
-        inputs_BT, targets_BT, mask_BT, behaviour_N, advantages_N = (
-            torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        inputs_BT, cells_N, targets_N, behaviour_N, advantages_N = (
+            to_device(array, self.world.device)
             for array in (
                 part.inputs_BT,
-                part.targets_BT,
-                part.mask_BT,
+                part.cells_N,
+                part.targets_N,
                 part.behaviour_N,
                 part.advantages_N,
             )
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logprobs_N = self.policy(inputs_BT, targets_BT, mask_BT, temperature)
+        logprobs_N = self.policy(inputs_BT, cells_N, targets_N, temperature)
         result = self.loss(logprobs_N, behaviour_N, advantages_N)
         # FSDP averages over the ranks; the loss is a mean over tokens, so the average is undone.
         (result.loss * (self.world.size / tokens)).backward()
