@@ -1,4 +1,4 @@
-"""`ratchet`: what people type to look at runs. Needs no torch, so every command answers at once.
+"""`ratchet`: what people type to begin runs and to look at them. Needs no torch, so every command answers at once.
 
 A command is one entry of COMMANDS: what it is for, its arguments, and the function that carries it out.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ratchet import log, process
-from ratchet.cli import looking
+from ratchet.cli import doctor, init, looking
 
 
 class Command(NamedTuple):
@@ -20,6 +20,8 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "init": Command("write a small project of your own that runs as it is", init.arguments, init.run),
+    "doctor": Command("say what will not work on this machine, and why", doctor.arguments, doctor.run),
     "watch": Command("the live screen of a run, going on or ended", looking.watch_arguments, looking.watch),
     "status": Command("where a run stands, in lines or as JSON", looking.status_arguments, looking.status),
     "report": Command(
@@ -40,7 +42,7 @@ def _main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="ratchet", description="Look at runs. `ckpt` proves and copies them.")
+    root = argparse.ArgumentParser(prog="ratchet", description="Begin runs and look at them. `ckpt` proves and copies them.")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         inner = commands.add_parser(name, help=command.text, description=command.text.capitalize() + ".")

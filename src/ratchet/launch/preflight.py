@@ -27,16 +27,22 @@ def count_parameters(directory: Path) -> int | None:
     return total or None
 
 
+def bytes_needed(config: RunConfig, parameters: int) -> tuple[int, int]:
+    """How many checkpoints the settings keep at once, and the bytes of all that a run of that size holds on disk."""
+    ckpt, kept = config.ckpt, 0
+    if ckpt is not None:
+        saves = 1 if ckpt.interval is None else -(-config.max_steps // ckpt.interval)
+        kept = saves if ckpt.keep_last is None else min(saves, ckpt.keep_last + 1)
+    checkpoint_bytes = 0 if config.model.lora else _CHECKPOINT_BYTES  # adapters alone are next to nothing
+    return kept, parameters * (kept * (checkpoint_bytes + _POLICY_BYTES) + 2 * _POLICY_BYTES)
+
+
 def disk_warning(config: RunConfig, free_bytes: int | None = None) -> str | None:
     """A sentence if the checkpoints that the settings keep will not fit; None if they will, or nobody knows."""
     parameters = count_parameters(Path(config.model.name)) if Path(config.model.name).is_dir() else None
     if parameters is None or config.ckpt is None:
         return None
-    ckpt = config.ckpt
-    saves = 1 if ckpt.interval is None else -(-config.max_steps // ckpt.interval)
-    kept = saves if ckpt.keep_last is None else min(saves, ckpt.keep_last + 1)
-    checkpoint_bytes = 0 if config.model.lora else _CHECKPOINT_BYTES  # adapters alone are next to nothing
-    needed = parameters * (kept * (checkpoint_bytes + _POLICY_BYTES) + 2 * _POLICY_BYTES)
+    kept, needed = bytes_needed(config, parameters)
     free = shutil.disk_usage(config.output_dir).free if free_bytes is None else free_bytes
     if needed <= free:
         return None
