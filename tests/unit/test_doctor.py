@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from programs import run
 from ratchet.config import CkptConfig, ModelConfig, RLConfig, RLTrainerConfig
-from ratchet.launch import filesystem, machine
+from ratchet.launch import machine, trials
 from ratchet.launch.machine import Gpu, Torch
 
 
@@ -23,7 +23,7 @@ def verdicts(findings):
 
 def broken(directory):
     """The names and sentences of what fails."""
-    return {f.name: f.text for f in filesystem.examine(directory) if f.verdict == "fails"}
+    return {f.name: f.text for f in trials.examine(directory) if f.verdict == "fails"}
 
 
 def config(**changes):
@@ -32,8 +32,8 @@ def config(**changes):
 
 
 def test_a_sound_file_system_passes_every_trial_and_is_left_as_it_was(tmp_path):
-    found = verdicts(filesystem.examine(tmp_path))
-    assert {found[name] for name in ("rename", "fence", "lock", "append")} == {"ok"}
+    found = verdicts(trials.examine(tmp_path))
+    assert {found[name] for name in ("promises", "fence", "append")} == {"ok"}
     assert "fails" not in found.values()
     assert list(tmp_path.iterdir()) == []
 
@@ -44,7 +44,7 @@ def test_a_directory_that_is_not_there_is_judged_by_its_parent_and_not_made(tmp_
 
 
 def test_a_directory_that_cannot_be_written_is_said_and_nothing_else_is_tried():
-    found = filesystem.examine(Path("/proc/no/such"))
+    found = trials.examine(Path("/proc/no/such"))
     assert [f.name for f in found] == ["directory", "directory"]
     assert "/proc cannot be written" in found[1].text
     assert found[1].remedy
@@ -54,32 +54,13 @@ def test_a_rename_that_copies_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "rename", lambda a, b: (shutil.copytree if Path(a).is_dir() else shutil.copy)(a, b)
     )
-    found = broken(tmp_path)
-    assert "not at once under its new name alone" in found["rename"]
-    assert "a dead process could publish" in found["fence"]
+    assert "a dead process could publish" in broken(tmp_path)["fence"]
 
 
-def test_a_rename_that_replaces_directories_is_noticed(tmp_path, monkeypatch):
-    def rename(a, b, real=os.rename):
-        if Path(b).is_dir():
-            shutil.rmtree(b)
-        real(a, b)
-
-    monkeypatch.setattr(os, "rename", rename)
-    assert "published names could be overwritten" in broken(tmp_path)["rename"]
-
-
-def test_a_lock_that_is_none_is_noticed(tmp_path, monkeypatch):
+def test_what_every_launcher_requires_is_looked_at_too(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda file, mode: None)
-    assert "two launchers could write one run" in broken(tmp_path)["lock"]
-
-
-def test_a_file_system_without_locks_is_said_in_its_own_words(tmp_path, monkeypatch):
-    def flock(file, mode):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert "No locks available" in broken(tmp_path)["lock"]
+    said = broken(tmp_path)["promises"]
+    assert said.startswith(f"A lock in {tmp_path} does not keep another process out")
 
 
 def test_appending_that_overwrites_is_noticed(tmp_path, monkeypatch):
@@ -115,7 +96,7 @@ server:/data /data nfs4 rw 0 0
     ],
 )
 def test_the_longest_mount_point_above_a_directory_decides_its_type(place, kind):
-    assert filesystem.mount_type(Path(place), MOUNTS) == kind
+    assert trials.mount_type(Path(place), MOUNTS) == kind
 
 
 def test_this_interpreter_and_its_packages_fit():

@@ -102,7 +102,7 @@ def test_a_malformed_row_is_refused_with_file_and_line(here):
         ("json:JSONDecoder", {}, "not a subclass"),
         ("ratchet.envs.base:Environment", {}, "does not define messages, size, step, task"),
         ("reverse_text", {"data": "gone.jsonl"}, "no data file gone.jsonl"),
-        ("reverse_text", {}, "missing a required argument: 'data'"),
+        ("reverse_text", {}, "missing a required .*argument: 'data'"),
         ("reverse_text", {"data": "train.jsonl", "dta": 1}, "unexpected keyword argument 'dta'"),
         ("rows", {"data": "train.jsonl", "reward": "json"}, "must have the form module:name"),
         ("reverse_text", {"data": "empty.jsonl"}, "empty.jsonl has no rows"),

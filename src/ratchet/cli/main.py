@@ -42,7 +42,9 @@ def _main() -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="ratchet", description="Begin runs and look at them. `ckpt` proves and copies them.")
+    root = argparse.ArgumentParser(
+        prog="ratchet", description="Begin runs and look at them. `ckpt` proves and copies them."
+    )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         inner = commands.add_parser(name, help=command.text, description=command.text.capitalize() + ".")
