@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 900
+JOBS = 2
 _BLOCK = re.compile(r"^<!-- (run|file: (\S+)) -->\n```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"^<!-- (run|file\b.*) -->$", re.MULTILINE)
 
@@ -65,10 +67,9 @@ def run(page: list[Block], name: str) -> bool:
     with tempfile.TemporaryDirectory(prefix="ratchet-docs-") as directory:
         (Path(directory) / "examples").symlink_to(ROOT / "examples")
         code, said = _shell(script(page), directory, {**os.environ, **own})
-    if code:
-        sys.stdout.write(said)
     outcome = f"exit code {code}" if code else "ok"
-    sys.stdout.write(f"{name}: {len(page)} blocks, {time.monotonic() - began:.0f} s, {outcome}\n")
+    head = said if code else ""
+    sys.stdout.write(f"{head}{name}: {len(page)} blocks, {time.monotonic() - began:.0f} s, {outcome}\n")
     sys.stdout.flush()
     return code == 0
 
@@ -98,7 +99,9 @@ def pages(names: list[str]) -> Iterator[Path]:
 
 
 def main() -> None:
-    results = [run(found, page.name) for page in pages(sys.argv[1:]) if (found := blocks(page.read_text()))]
+    marked = [(found, page.name) for page in pages(sys.argv[1:]) if (found := blocks(page.read_text()))]
+    with ThreadPoolExecutor(JOBS) as pool:
+        results = list(pool.map(lambda page: run(*page), marked))
     sys.stdout.write(f"{sum(results)} passed, {len(results) - sum(results)} failed\n")
     sys.exit(0 if all(results) else 1)
 
