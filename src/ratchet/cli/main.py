@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        inner = commands.add_parser(name, help=command.text, description=command.text.capitalize() + ".")
+        inner = commands.add_parser(
+            name, help=command.text, description=command.text[0].upper() + command.text[1:] + "."
+        )
         command.arguments(inner)
     return root
