@@ -138,16 +138,6 @@ def test_an_address_is_found_only_in_the_attempt_whose_server_said_it(tmp_path):
     assert cluster.find_address(paths, 3) is None
 
 
-def test_a_machine_that_does_not_see_the_run_directory_says_so(tmp_path, monkeypatch):
-    from ratchet.errors import Refusal
-    from ratchet.launch import filesystem
-    from ratchet.launch.slurm import Job
-
-    monkeypatch.setattr(filesystem, "VISIBLE_S", 0.1)
-    with pytest.raises(Refusal, match="put --output-dir on a file system that all machines share"):
-        Job("rl", "trainer", "", str(tmp_path), "seen-1", requeue_on_term=True)()
-
-
 SFT = (
     "@",
     "examples/reverse_text/sft.toml",
