@@ -56,14 +56,14 @@ def calm(tmp_path_factory):
 
 def preempt(process, root):
     """Send the trainer's job what Slurm sends where it preempts, once a step is done; returns the step saved."""
-    wait_until(lambda: last_step(root) >= 1, process=process)
+    wait_until(lambda: last_step(root) >= 1, timeout_s=240, process=process)
     os.kill(jobs(root)["trainer"], signal.SIGTERM)
     wait_until(lambda: outcomes(root)[:1] == [75], timeout_s=30, process=process)
     return max(durable.committed(RunPaths(root).checkpoints))
 
 
 def check_the_end(process, root, calm):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert outcomes(root)[0] == 75
     assert outcomes(root)[-1] == 0
@@ -92,7 +92,9 @@ def test_the_end_of_its_time_and_the_death_of_the_server_do_not_matter_either(tm
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: last_step(root) > stopped + 1, process=process)
     (task,) = tasks_of(jobs(root)["trainer"])
-    os.kill(task, signal.SIGUSR2)  # what Slurm sends before a job's time is over
+    # What Slurm sends before a job's time is over: to every process of the job.
+    for process_id in (*processes_of(root, "trainer"), task, *tasks_of(task)):
+        os.kill(process_id, signal.SIGUSR2)
     check_the_end(process, root, tmp_path / "calm")
     assert outcomes(root) == [75, 75, 0]
 
@@ -137,6 +139,9 @@ def test_an_address_is_found_only_in_the_attempt_whose_server_said_it(tmp_path):
     durable.revoke(paths, by=launcher)
     assert cluster.find_address(paths, 3) is None
 
+
+# Three jobs start as any program does, one after the other on a small machine, and twice.
+pytestmark = pytest.mark.timeout(600)
 
 SFT = (
     "@",
