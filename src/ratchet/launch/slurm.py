@@ -32,6 +32,7 @@ from ratchet.paths import RunPaths
 FOLDER = "slurm"
 JOBS = "jobs.jsonl"
 POLL_S = 2.0
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 # States of Slurm in which a job will still do something.
 _ALIVE = {
     *("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "REQUEUE_HOLD"),
@@ -72,6 +73,16 @@ class Job:
             )
         requeue = signal.getsignal(signal.SIGUSR2)
         asked: list[int] = []
+        code = self._run_program(asked)
+        if asked and code == EXIT_STOPPED and (self.requeue_on_term or set(asked) - {signal.SIGTERM}):
+            signal.signal(signal.SIGUSR2, requeue)
+            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own way: `checkpoint`, then requeue
+        if code not in (EXIT_OK, EXIT_STOPPED):
+            raise RatchetError(f"The {self.role} ended with exit code {code}.")
+        return code
+
+    def _run_program(self, asked: list[int]) -> int:
+        """Run the program to its exit code; a signal asks it to stop, and is noted in `asked`."""
         child: list[subprocess.Popen[bytes]] = []
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -79,24 +90,23 @@ class Job:
             if child:
                 child[0].send_signal(signal.SIGTERM)
 
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, stop)
+        signal.signal(signal.SIGTERM, stop)
+        # Slurm sends these to every process of a job. What is ignored when a process starts stays ignored in it and
+        # in those that it starts: they are asked by SIGTERM alone.
+        for number in _WARNINGS:
+            signal.signal(number, signal.SIG_IGN)
         command = [sys.executable, "-m", "ratchet.cli.job", self.kind, self.role]
         environment = {**os.environ, "RATCHET_PARENT": str(os.getpid())}
         child.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+        for number in _WARNINGS:
+            signal.signal(number, stop)
         stdin = child[0].stdin
         assert stdin is not None
         stdin.write(self.config.encode())
         stdin.close()
         if asked:
             child[0].send_signal(signal.SIGTERM)
-        code = child[0].wait()
-        if asked and code == EXIT_STOPPED and (self.requeue_on_term or set(asked) - {signal.SIGTERM}):
-            signal.signal(signal.SIGUSR2, requeue)
-            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own way: `checkpoint`, then requeue
-        if code not in (EXIT_OK, EXIT_STOPPED):
-            raise RatchetError(f"The {self.role} ended with exit code {code}.")
-        return code
+        return child[0].wait()
 
     def checkpoint(self) -> Any:
         """submitit asks what to run when the job starts again: the same."""
