@@ -153,7 +153,8 @@ class Server:
     def call(self, method, path, body=None):
         """One request; returns the status and the decoded body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, method=method)
+        headers = {"Content-Type": "application/json"}  # without it vLLM answers 400
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 status, text = response.status, response.read()

@@ -206,7 +206,8 @@ def test_bad_bodies_and_unknown_paths_are_json_errors(server):
 def test_a_client_that_goes_away_frees_its_slots(server):
     body = {"token_ids": [5], "sampling_params": {"max_tokens": ENDLESS, "n": SLOTS + 2, "ignore_eos": True}}
     data = json.dumps(body).encode()
-    head = f"POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = "POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + data)
         server.wait_until(lambda info: info["active"] == SLOTS and info["waiting"] == 2)
