@@ -66,6 +66,8 @@ class Torch:
     facts = {"threads": 1, "batch_invariant": True}
     does = frozenset()
     """What the others refuse by name."""
+    drains_queue = True
+    """Whether a pause with mode `wait` also waits for requests that had no slot yet."""
     stopping = "503"
     """What a client is told whose request is cut by a server that stops."""
 
@@ -94,7 +96,9 @@ class Vllm:
 
     name = "vllm"
     facts = {"weight_transfer": "ratchet", "logprobs_mode": "processed_logprobs"}
-    does = frozenset({"top_p", "top_k", "logprobs", "presence_penalty", "stream"})
+    does = frozenset({"top_p", "top_k", "logprobs", "presence_penalty", "stream", "no content"})
+    does |= {("temperature", 1e-9), ("beam", 3)}  # a very low one is raised; unknown names are passed over
+    drains_queue = False
     stopping = ""
 
     def __init__(self, python):
@@ -160,7 +164,10 @@ class Server:
                 status, text = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
-        return status, json.loads(text) if text else None
+        try:
+            return status, json.loads(text) if text else None
+        except ValueError:  # a stream of events
+            return status, text.decode()
 
     def post(self, path, body=None):
         """One request that must succeed."""
