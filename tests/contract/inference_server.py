@@ -250,13 +250,18 @@ def in_this_process(directory, prompt, seed, count):
     return sequence.token_ids, sequence.logprobs
 
 
-def logprobs_of(directory, prompt, token_ids):
-    """What a policy gives each token of an answer, by one plain forward pass of the model itself."""
+def distributions_of(directory, prompt, token_ids):
+    """The logprobs of every token at each place of an answer and after it, by one plain forward pass."""
     torch.set_num_threads(1)
     model = build(ModelConfig(name=str(directory), attention="eager"), seed=0).eval()
     with torch.no_grad():
         logits = model(torch.tensor([prompt + token_ids]), use_cache=False).logits[0].double()
-    chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[len(prompt) - 1 :]
+
+
+def logprobs_of(directory, prompt, token_ids):
+    """What a policy gives each token of an answer."""
+    chosen = distributions_of(directory, prompt, token_ids)[:-1]
     return chosen.gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
 
 

@@ -4,11 +4,13 @@ vLLM takes part where its environment is named: `pytest tests/contract/test_infe
 """
 
 import json
+import math
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -23,6 +25,7 @@ from inference_server import (
     Torch,
     Vllm,
     command,
+    distributions_of,
     logprobs_of,
     make_model,
     publish,
@@ -120,6 +123,20 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(server, policie
     plain = logprobs_of(policies["a"], [5, 6, 7], tokens)
     assert max(abs(a - b) for a, b in zip(logprobs, plain, strict=True)) > 0.1
     assert sum(logprobs) > sum(plain)
+
+
+def test_tokens_come_as_often_as_the_policy_says(server, policies):
+    """Chi-squared over the first tokens of 600 seeds; those that are expected less than 5 times count as one."""
+    with ThreadPoolExecutor(8) as pool:
+        choices = pool.map(lambda seed: server.generate([5, 6, 7], seed=seed, max_tokens=1), range(600))
+    counts = Counter(choice["token_ids"][0] for choice in choices)
+    expected = {i: 600 * math.exp(p) for i, p in enumerate(distributions_of(policies["a"], [5, 6, 7], [])[0])}
+    often = [i for i in expected if expected[i] >= 5]
+    rest = 600 - sum(expected[i] for i in often)
+    chi2 = sum((counts[i] - expected[i]) ** 2 / expected[i] for i in often)
+    chi2 += (600 - sum(counts[i] for i in often) - rest) ** 2 / rest
+    assert len(often) > 10
+    assert chi2 < len(often) + 4 * math.sqrt(2 * len(often))
 
 
 def test_answers_do_not_depend_on_concurrent_requests(server, engine):
