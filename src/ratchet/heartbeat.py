@@ -5,7 +5,7 @@
 
 A thread runs on through a long step, a long compilation and a long wait, so none of these is taken for frozen; a
 process that is stopped, or that holds the interpreter for good, gives no sign. The programs that live in an event
-loop also prove that the loop turns.
+loop also prove that the loop turns; one whose work is done by another process, that it answers.
 
 The file lies in the process's own workshop: a process that was replaced finds it gone and ends. It holds a word of
 its own, so that another run which has taken the place of this one is not taken for it. Time stamps are compared for
@@ -58,6 +58,13 @@ class Heartbeat:
         """From now on, no sign of life without a tick of this loop."""
         self.tick()
         loop.call_later(PERIOD_S, self.follow, loop)
+
+    async def follow_answers(self, ask: Callable[[], Awaitable[object]]) -> None:
+        """From now on, no sign of life without an answer: of another process, by way of the running loop."""
+        while True:
+            await ask()
+            self.tick()
+            await asyncio.sleep(PERIOD_S)
 
     def _run(self) -> None:
         while True:
@@ -116,14 +123,9 @@ def follow_loop() -> None:
 
 
 async def follow_answers(ask: Callable[[], Awaitable[object]]) -> None:
-    """Tie the signs of life to what lives in another process, and to the running event loop by which it is asked.
-
-    Nothing in a program that belongs to no attempt.
-    """
-    while _current is not None:
-        await ask()
-        _current.tick()
-        await asyncio.sleep(PERIOD_S)
+    """Tie the signs of life to what answers; nothing in a program that belongs to no attempt."""
+    if _current is not None:
+        await _current.follow_answers(ask)
 
 
 def last_beat(directory: Path, rank: int = 0) -> int | None:

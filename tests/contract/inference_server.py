@@ -66,6 +66,8 @@ class Torch:
     facts = {"threads": 1, "batch_invariant": True}
     does = frozenset()
     """What the others refuse by name."""
+    drains_queue = True
+    """Whether a pause with mode `wait` also waits for requests that had no slot yet."""
     stopping = "503"
     """What a client is told whose request is cut by a server that stops."""
 
@@ -94,7 +96,9 @@ class Vllm:
 
     name = "vllm"
     facts = {"weight_transfer": "ratchet", "logprobs_mode": "processed_logprobs"}
-    does = frozenset({"top_p", "top_k", "logprobs", "presence_penalty", "stream"})
+    does = frozenset({"top_p", "top_k", "logprobs", "presence_penalty", "stream", "no content"})
+    does |= {("temperature", 1e-9), ("beam", 3)}  # a very low one is raised; unknown names are passed over
+    drains_queue = False
     stopping = ""
 
     def __init__(self, python):
@@ -153,13 +157,17 @@ class Server:
     def call(self, method, path, body=None):
         """One request; returns the status and the decoded body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, method=method)
+        headers = {"Content-Type": "application/json"}  # without it vLLM answers 400
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 status, text = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
-        return status, json.loads(text) if text else None
+        try:
+            return status, json.loads(text) if text else None
+        except ValueError:  # a stream of events
+            return status, text.decode()
 
     def post(self, path, body=None):
         """One request that must succeed."""
@@ -242,13 +250,18 @@ def in_this_process(directory, prompt, seed, count):
     return sequence.token_ids, sequence.logprobs
 
 
-def logprobs_of(directory, prompt, token_ids):
-    """What a policy gives each token of an answer, by one plain forward pass of the model itself."""
+def distributions_of(directory, prompt, token_ids):
+    """The logprobs of every token at each place of an answer and after it, by one plain forward pass."""
     torch.set_num_threads(1)
     model = build(ModelConfig(name=str(directory), attention="eager"), seed=0).eval()
     with torch.no_grad():
         logits = model(torch.tensor([prompt + token_ids]), use_cache=False).logits[0].double()
-    chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[len(prompt) - 1 :]
+
+
+def logprobs_of(directory, prompt, token_ids):
+    """What a policy gives each token of an answer."""
+    chosen = distributions_of(directory, prompt, token_ids)[:-1]
     return chosen.gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
 
 

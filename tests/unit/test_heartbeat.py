@@ -45,6 +45,23 @@ async def test_a_loop_that_hangs_is_late_and_one_that_turns_is_not(stage, monkey
     assert beat.is_late
 
 
+async def test_what_is_asked_and_does_not_answer_is_late_although_the_loop_turns(stage, monkeypatch):
+    monkeypatch.setattr(heartbeat, "PERIOD_S", 0.02)
+    monkeypatch.setattr(heartbeat, "LATE_TICK_S", 0.3)
+    beat, answers = Heartbeat(stage), asyncio.Event()
+    answers.set()
+    following = asyncio.create_task(beat.follow_answers(answers.wait))
+    await asyncio.sleep(0.5)
+    assert not beat.is_late
+    answers.clear()
+    await asyncio.sleep(0.5)
+    assert beat.is_late
+    answers.set()
+    await asyncio.sleep(0.2)
+    assert not beat.is_late
+    following.cancel()
+
+
 def test_a_process_that_was_replaced_before_it_began_does_not_begin(stage, tmp_path):
     durable.revoke(
         RunPaths(tmp_path), by=Stage.open(RunPaths(tmp_path), "001.launcher.0"), prefix="001.trainer."

@@ -8,6 +8,7 @@ import pytest
 from ratchet.config import RLConfig
 from ratchet.errors import Refusal
 from ratchet.inference.vllm import command
+from ratchet.log import LOGGER
 from ratchet.orchestrator import vllm_fit
 
 MODEL = "examples/reverse_text/model"
@@ -113,6 +114,18 @@ def test_an_environment_that_cannot_serve_is_refused(tmp_path, version, has_plug
 
 def test_an_environment_that_can_serve_passes(tmp_path):
     command.check(config({"python": str(interpreter(tmp_path, "0.32.0", True))}))
+
+
+@pytest.mark.parametrize(("is_invariant", "warnings"), [(False, 1), (True, 0)])
+def test_deterministic_is_said_not_to_cover_every_bit(tmp_path, monkeypatch, caplog, is_invariant, warnings):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1" if is_invariant else "0")
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    settings = config({"python": str(interpreter(tmp_path, "0.32.0", True))}, max_model_len=64)
+    with caplog.at_level("WARNING", logger="ratchet"):
+        command.check(settings)
+        assert not caplog.records
+        command.check(settings.model_copy(update={"deterministic": True}))
+    assert [record.getMessage() for record in caplog.records] == [command.NOT_BITWISE] * warnings
 
 
 def test_what_is_no_interpreter_is_refused(tmp_path):

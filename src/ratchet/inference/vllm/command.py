@@ -18,6 +18,11 @@ from ratchet.log import LOGGER
 OLDEST = (0, 32)
 MIDDLEWARE = "ratchet.inference.vllm.front.Front"
 BUILD = "examples/vllm/build_env.sh DIR"
+NOT_BITWISE = (
+    "deterministic = true with vLLM fixes which policy plays which task with which seed, but not every bit: logprobs "
+    "may depend on which requests are decoded together. For equal bits use inference.engine = torch, or "
+    "VLLM_BATCH_INVARIANT=1 on a GPU."
+)
 
 # What this program says to vLLM itself, and where the user says it instead.
 _OURS = {
@@ -76,6 +81,8 @@ def check(config: RLConfig) -> None:
             f"{python} has vLLM, but not this package: install it there with `pip install --no-deps`, "
             "and xxhash with it."
         )
+    if config.deterministic and os.environ.get("VLLM_BATCH_INVARIANT") != "1":
+        LOGGER.warning("%s", NOT_BITWISE)
 
 
 def arguments(config: RLConfig) -> list[str]:

@@ -147,6 +147,8 @@ class Front:
                 self._draining = pausing
         try:
             await asyncio.shield(pausing)
+            if mode == "wait":
+                self._frozen = frozenset()  # what is unfinished now had not begun: vLLM drains what it runs
         except asyncio.CancelledError:
             if pausing.cancelled():
                 raise Interrupted("The server was resumed before it had drained.") from None

@@ -32,7 +32,7 @@ def register() -> None:
 
 
 def _die_with_parent() -> None:
-    """For the children that vLLM makes, by spawn or by fork; its first process has been told already."""
+    """For the children that vLLM forks; its first process and those it spawns are told by `serve`."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         process.die_with(parent.pid)

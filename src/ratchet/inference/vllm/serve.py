@@ -31,9 +31,15 @@ _CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _CPU_MIN_BATCHED_TOKENS = 4096
 
 
+def _tie_lives() -> None:
+    """Die with the process above, and let those below die with this one."""
+    process.die_with_parent()
+    os.environ["RATCHET_PARENT"] = str(os.getpid())
+
+
 def main() -> int:
     """Serve until SIGTERM or SIGINT."""
-    process.die_with_parent()
+    _tie_lives()
     log.setup("inference")
     separator = sys.argv.index("--")
     fd, workshop = sys.argv[1:separator]
@@ -112,5 +118,8 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+if __name__ == "__mp_main__":
+    # A process that vLLM spawned begins by importing this module; its plugins come many seconds of imports later.
+    _tie_lives()
 if __name__ == "__main__":
     process.run(main)
