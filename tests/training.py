@@ -8,6 +8,7 @@ from ratchet.durable import Stage
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.timeline import Timeline
 from ratchet.trainer import rows
 from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch
@@ -53,7 +54,7 @@ class Run:
         assignment = Assignment(
             paths=self.paths, config=config, plan=Plan(), attempt=attempt, run_id="x", lineage=0, stage=stage
         )
-        self.checkpointer = Checkpointer(assignment, world, on_commit=lambda step: None)
+        self.checkpointer = Checkpointer(assignment, world, Timeline(None), on_commit=lambda step: None)
 
     def train(self, steps):
         """So many updates more; returns the figures of the last."""

@@ -26,13 +26,24 @@ def example(first, length):
     )
 
 
-@given(lengths, st.integers(1, 200), st.integers(1, 4))
-def test_the_ranks_share_every_trained_token_once(lengths, budget, ranks):
+@given(lengths, st.integers(1, 200), st.integers(1, 4), st.booleans())
+def test_the_ranks_share_every_trained_token_once(lengths, budget, ranks, few_shapes):
     examples = [example(100 * i, n + 1) for i, n in enumerate(lengths)]
-    shares = [micro_batches(examples, budget, rank, ranks) for rank in range(ranks)]
+    shares = [micro_batches(examples, budget, rank, ranks, few_shapes=few_shapes) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1  # collectives need the same number everywhere
     targets = np.concatenate([m.targets_BT[m.mask_BT] for share in shares for m in share])
     assert sorted(targets) == sorted(t for e in examples for t in e.token_ids[1:])
+
+
+@given(lengths, st.sampled_from([64, 100, 256]))
+def test_of_few_shapes_is_what_is_compiled(lengths, budget):
+    """At most: 16, 32 and 64 wide, times 1, 2, 4, 8, 16 rows, or as many as the budget holds."""
+    examples = [example(100 * i, n + 1) for i, n in enumerate(lengths)]
+    for micro in micro_batches(examples, budget, 0, 1, few_shapes=True):
+        height, width = micro.inputs_BT.shape
+        assert width in (16, 32, 64)
+        assert height in (1, 2, 4, 8, 16) or height == budget // width
+        assert height == 1 or height * width <= budget
 
 
 def test_targets_behaviour_and_advantage_belong_to_the_next_token():

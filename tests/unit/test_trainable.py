@@ -16,7 +16,7 @@ from ratchet.errors import Refusal
 from ratchet.models import adapters, tensors
 from ratchet.models.build import build
 from ratchet.models.trainable import build_trainable
-from ratchet.trainer.world import open_world
+from ratchet.trainer.world import open_world, set_determinism
 from training import Run, settings
 
 LORA = {"rank": 4, "alpha": 12, "target_modules": ["q_proj", "up_proj"]}
@@ -25,9 +25,13 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def world():
-    """One rank, which talks to itself."""
+    """One rank, which talks to itself, with the kernels and the one thread of a real trainer."""
+    threads = torch.get_num_threads()
+    set_determinism(1)
     yield open_world("cpu")
     dist.destroy_process_group()
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 def equal(found, expected):

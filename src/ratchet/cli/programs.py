@@ -12,6 +12,7 @@ from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
 from ratchet.launch.join import join_orchestrator
+from ratchet.launch.nodes import join_trainer
 from ratchet.launch.opening import Fingerprints
 from ratchet.launch.replay import replay
 from ratchet.launch.run import run
@@ -34,6 +35,8 @@ def sft() -> NoReturn:
 
 def _sft() -> int:
     config = _parse(SFTConfig, "sft")
+    if config.trainer.node_rank > 0:
+        return join_trainer(config, config.trainer)
     if config.slurm is not None:
         check_sft(config)
         return submit("sft", config, config.slurm)
@@ -58,6 +61,8 @@ def rl() -> NoReturn:
 
 def _rl() -> int:
     config = _parse(RLConfig, "rl")
+    if config.trainer.node_rank > 0:
+        return join_trainer(config, config.trainer)
     if config.slurm is not None:
         check_rl(config, is_alone=True)
         return submit("rl", config, config.slurm)
@@ -101,6 +106,8 @@ def _replay() -> int:
 
 def _trainer() -> int:
     config = _parse(RLConfig, "trainer").model_copy(update={"slurm": None})
+    if config.trainer.node_rank > 0:
+        return join_trainer(config, config.trainer)
     from ratchet.models.check import check_model
 
     return run("rl", config, ("trainer",), lambda: {"model": check_model(config.model)})

@@ -25,9 +25,9 @@ from ratchet import attempts, config_io, durable
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.durable import Stage
-from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Damaged, Fenced, Refusal
+from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Fenced, Refusal
 from ratchet.launch import restarts
-from ratchet.launch.join import take_over
+from ratchet.launch.join import newest, take_over
 from ratchet.launch.program import child_environment
 from ratchet.launch.run import listen
 from ratchet.log import LOGGER
@@ -156,14 +156,6 @@ class Member:
         if current is None or current.attempt != record.attempt:
             return True
         return current.outcome is not None and current.outcome.code != EXIT_OK
-
-
-def newest(paths: RunPaths) -> Record | None:
-    """The newest attempt's record; None while there is none, or it is being replaced under us."""
-    try:
-        return attempts.newest(paths)
-    except Damaged:
-        return None
 
 
 def orchestrate(config: RLConfig, wait_s: float) -> int:

@@ -45,11 +45,16 @@ def join_orchestrator(config: RLConfig) -> int:
     return _watch(paths, record, child)
 
 
-def _open(paths: RunPaths) -> Record | None:
+def newest(paths: RunPaths) -> Record | None:
+    """The newest attempt's record; None while there is none, or it is being replaced under us."""
     try:
-        record = attempts.newest(paths)
+        return attempts.newest(paths)
     except Damaged:
         return None
+
+
+def _open(paths: RunPaths) -> Record | None:
+    record = newest(paths)
     return record if record is not None and record.applied and record.outcome is None else None
 
 

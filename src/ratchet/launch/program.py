@@ -1,7 +1,11 @@
 """One incarnation of a role, as the operating system sees it: one process, or the ranks of the trainer.
 
-Ranks live and die together: one that fails ends its incarnation, and the launcher ends the others. They find each
-other through a file in their workshop, so those of two incarnations can never meet.
+Ranks live and die together: one that fails ends its incarnation, and the launchers end the others. They find each
+other through a file in their workshop, or, on several nodes, at an address under the incarnation's name, so those of
+two incarnations can never meet.
+
+Between nodes the workshop is the only messenger. In it lie a heartbeat of each rank and the notes of each node's
+launcher (`notes.py`); it is renamed away with the incarnation, and whatever is said in it too late is lost with it.
 """
 
 import os
@@ -12,13 +16,31 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratchet import attempts, heartbeat
-from ratchet.durable import Stage
+from ratchet import heartbeat
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+from ratchet.launch import notes
 from ratchet.launch.restarts import Pulse
-from ratchet.paths import RunPaths
 
 RENDEZVOUS = "rendezvous"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of a trainer's ranks this machine starts."""
+
+    here: int = 1
+    node: int = 0
+    nodes: int = 1
+    rendezvous: str | None = None
+    """`host:port` where the nodes meet."""
+
+    @property
+    def total(self) -> int:
+        return self.here * self.nodes
+
+    @property
+    def own(self) -> range:
+        return range(self.node * self.here, (self.node + 1) * self.here)
 
 
 @dataclass(frozen=True)
@@ -29,80 +51,92 @@ class Recipe:
     log: Path
     arguments: tuple[str, ...] = ()
     threads: int = 1
-    ranks: int = 1
+    ranks: Ranks = Ranks()
     fds: tuple[int, ...] = ()
     """File descriptors that the processes inherit."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """The processes of one incarnation, by rank, and the workshop that they share."""
+    """The processes of one incarnation on this machine, and the workshop that they share with those of others."""
 
-    processes: "tuple[subprocess.Popen[bytes], ...]"
+    processes: "dict[int, subprocess.Popen[bytes]]"
+    """By rank."""
     workshop: Path
-    pulses: tuple[Pulse, ...]
+    pulses: dict[int, Pulse]
+    """Of every rank; those of other machines count from their first sign of life."""
 
     @classmethod
     def start(
-        cls, paths: RunPaths, recipe: Recipe, *, attempt: int, incarnation: int, token: str, frozen_s: float
+        cls, recipe: Recipe, run: Path, *, attempt: int, incarnation: int, workshop: Path, frozen_s: float
     ) -> "Program":
-        """Open the workshop and start every rank; their output goes to the recipe's log.
-
-        Raises: Fenced if the launcher was replaced.
-        """
-        launcher = Stage(paths, attempts.token(attempt, "launcher", 0))
-        workshop = launcher.open_for(token).directory
+        """Start every rank of this machine in a workshop that is open; their output goes to the recipe's log."""
         command = [sys.executable, "-m", f"ratchet.{recipe.role}"]
-        command += [str(paths.root), str(attempt), str(incarnation), *recipe.arguments]
-        processes = []
+        command += [str(run), str(attempt), str(incarnation), *recipe.arguments]
+        processes = {}
         with recipe.log.open("ab") as output:
-            for rank in range(recipe.ranks):
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env=child_environment(recipe.threads)
-                        | rank_environment(rank, recipe.ranks, workshop / RENDEZVOUS),
-                        pass_fds=recipe.fds,
-                        start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
-                    )
+            for rank in recipe.ranks.own:
+                processes[rank] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=child_environment(recipe.threads) | rank_environment(rank, recipe.ranks, workshop),
+                    pass_fds=recipe.fds,
+                    start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
                 )
         now = time.monotonic()
-        return cls(tuple(processes), workshop, tuple(Pulse(frozen_s, now) for _ in processes))
+        pulses = {rank: Pulse(frozen_s, now) for rank in range(recipe.ranks.total)}
+        return cls(processes, workshop, pulses)
 
     @property
     def is_alive(self) -> bool:
         """Whether any process is there still."""
-        return any(process.poll() is None for process in self.processes)
+        return any(process.poll() is None for process in self.processes.values())
+
+    @property
+    def _has_others(self) -> bool:
+        return len(self.pulses) > len(self.processes)
 
     def poll(self) -> int | None:
-        """The exit code: at once where a rank failed, otherwise when all have ended; None before."""
-        codes = [process.poll() for process in self.processes]
+        """The exit code: at once where a rank failed, on whichever node; otherwise when all have ended; None before."""
+        codes = [process.poll() for process in self.processes.values()]
         failed = [code for code in codes if code not in (None, EXIT_OK, EXIT_STOPPED)]
+        if self._has_others:
+            failed += notes.failures(self.workshop)
         if failed:
             return _cause([code for code in failed if code is not None])
         return None if None in codes else max(code or EXIT_OK for code in codes)
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether the launcher of another node was asked to stop."""
+        return self._has_others and self.is_alive and notes.is_asked_to_stop(self.workshop)
 
     def is_frozen(self, now: float) -> bool:
         """Whether a rank that has not ended gives no sign of life. One look at each."""
         looks = [
             pulse.is_frozen(heartbeat.last_beat(self.workshop, rank), now)
-            for rank, pulse in enumerate(self.pulses)
-            if self.processes[rank].poll() is None
+            for rank, pulse in self.pulses.items()
+            if self._is_watched(rank)
         ]
         return any(looks)
 
+    def _is_watched(self, rank: int) -> bool:
+        if (process := self.processes.get(rank)) is not None:
+            return process.poll() is None
+        # How long a node takes to join is not for us to say; all ranks end together.
+        return self.is_alive and heartbeat.last_beat(self.workshop, rank) is not None
+
     def signal(self, number: int) -> None:
-        for process in self.processes:
+        for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(number)
 
     def kill(self) -> None:
         """End what is left, and wait for that."""
         self.signal(signal.SIGKILL)
-        for process in self.processes:
+        for process in self.processes.values():
             process.wait()
 
 
@@ -119,16 +153,25 @@ def child_environment(threads: int) -> dict[str, str]:
     return {**os.environ, **fixed, "RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
 
 
-def rank_environment(rank: int, size: int, rendezvous: Path) -> dict[str, str]:
-    """Who a rank is and where it meets the others: torchrun's names, and a file in place of its port.
+def rank_environment(rank: int, ranks: Ranks, workshop: Path) -> dict[str, str]:
+    """Who a rank is and where it meets the others: torchrun's names, and the meeting place of its incarnation.
 
     Nothing for a single rank. Ranks of one machine talk over its loopback interface.
     """
-    if size == 1:
+    if ranks.total == 1:
         return {}
-    who = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    return {
-        **{name: str(value) for name, value in who.items()},
-        "RATCHET_RENDEZVOUS": str(rendezvous),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    who = {
+        "RANK": rank,
+        "LOCAL_RANK": rank - ranks.own.start,
+        "WORLD_SIZE": ranks.total,
+        "LOCAL_WORLD_SIZE": ranks.here,
     }
+    found = {name: str(value) for name, value in who.items()}
+    if ranks.nodes == 1:
+        found["RATCHET_RENDEZVOUS"] = str(workshop / RENDEZVOUS)
+    else:
+        found["RATCHET_RENDEZVOUS"] = f"tcp://{ranks.rendezvous}/{workshop.name}"
+    host = (ranks.rendezvous or "localhost").rpartition(":")[0] or "localhost"
+    if host in ("localhost", "127.0.0.1"):
+        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return found

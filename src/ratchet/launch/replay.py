@@ -8,22 +8,22 @@ from pathlib import Path
 from ratchet import attempts
 from ratchet.config import TrainerConfig
 from ratchet.errors import Refusal
-from ratchet.launch.program import RENDEZVOUS, child_environment, rank_environment
+from ratchet.launch.program import Ranks, child_environment, rank_environment
 from ratchet.paths import RunPaths
 
 
 def replay(root: Path) -> int:
     """The exit code of rank 0. Raises: Refusal for a directory without a run, and where the ranks changed."""
     trainer = _trainer_config(RunPaths(root))
+    all_here = Ranks(trainer.ranks)
     command = [sys.executable, "-m", "ratchet.trainer.replay", str(root)]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
                 command,
-                env=child_environment(trainer.threads)
-                | rank_environment(rank, trainer.nproc, Path(folder) / RENDEZVOUS),
+                env=child_environment(trainer.threads) | rank_environment(rank, all_here, Path(folder)),
             )
-            for rank in range(trainer.nproc)
+            for rank in all_here.own
         ]
         try:
             return ranks[0].wait()
@@ -39,10 +39,16 @@ def _trainer_config(paths: RunPaths) -> TrainerConfig:
     if not records:
         raise Refusal(f"{paths.root} is not a run directory: it has no attempts/.")
     configs: list[TrainerConfig] = [attempts.read_config(paths, record).trainer for record in records]
-    ranks = sorted({config.nproc for config in configs})
+    ranks = sorted({config.ranks for config in configs})
     if len(ranks) > 1:
         raise Refusal(
             f"{paths.root} cannot be replayed bit by bit: its attempts trained on {', '.join(map(str, ranks))} "
-            "processes (trainer.nproc)."
+            "processes (trainer.nproc, trainer.nnodes)."
+        )
+    copies = sorted({config.parallel.replicate for config in configs})
+    if len(copies) > 1:
+        raise Refusal(
+            f"{paths.root} cannot be replayed bit by bit: its attempts had {', '.join(map(str, copies))} copies of "
+            "the model (trainer.parallel.replicate)."
         )
     return configs[-1]

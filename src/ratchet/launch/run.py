@@ -14,6 +14,7 @@ from ratchet import durable, metrics
 from ratchet.attempts import Outcome, Plan
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+from ratchet.launch.nodes import ranks_of
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
 from ratchet.launch.supervisor import Supervisor
@@ -85,6 +86,11 @@ def _greet(console: Console, opened: Attempt) -> None:
         console.say(f"Attempt {record.attempt} in {opened.paths.root}: {message}")
     for change in record.announced:
         console.say(f"Changed: {change}")
+    if isinstance(opened.config, SFTConfig | RLConfig) and (others := opened.config.trainer.nnodes - 1):
+        console.say(
+            f"Waiting for {others} more node{'s' * (others > 1)}: the same command with --trainer.node-rank "
+            f"{'1' if others == 1 else f'1 to {others}'}."
+        )
     if warning := disk_warning(opened.config):
         console.say(f"Warning: {warning}")
 
@@ -94,7 +100,7 @@ def _start_children(
 ) -> None:
     """Start every role; `held` keeps the server's socket open, so that a restarted one has the same port."""
     if isinstance(config, SFTConfig | RLConfig):
-        supervisor.start("trainer", threads=config.trainer.threads, ranks=config.trainer.nproc)
+        supervisor.start("trainer", threads=config.trainer.threads, ranks=ranks_of(config.trainer))
     if not isinstance(config, RLConfig):
         return
     arguments = ("--base-url", config.orchestrator.client.base_url)

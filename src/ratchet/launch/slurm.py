@@ -24,7 +24,8 @@ import msgspec
 from ratchet import config_io
 from ratchet.config import RLConfig, RunConfig, SlurmConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, RatchetError, Refusal
-from ratchet.launch import cluster, filesystem
+from ratchet.launch import filesystem
+from ratchet.launch.join import newest
 from ratchet.launch.preflight import disk_warning
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
@@ -244,7 +245,7 @@ def _wait(paths: RunPaths, jobs: dict[str, Any]) -> int:
     """Until every job has ended; the exit code of the run."""
     while not all(job.done() for job in jobs.values()):
         time.sleep(POLL_S)
-    record = cluster.newest(paths)
+    record = newest(paths)
     if record is None or record.outcome is None:
         LOGGER.error("The jobs have ended and the run has not: see their logs in %s.", paths.root / FOLDER)
         return EXIT_CRASH

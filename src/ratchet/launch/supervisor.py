@@ -19,7 +19,7 @@ from ratchet.attempts import Plan, Restart
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
 from ratchet.launch import restarts
 from ratchet.launch.opening import Attempt
-from ratchet.launch.program import Program, Recipe
+from ratchet.launch.program import Program, Ranks, Recipe
 from ratchet.report.console import Console
 
 POLL_S = 0.05
@@ -67,7 +67,12 @@ class Supervisor:
     pulses_taken_at: float = 0.0
 
     def start(
-        self, role: str, *arguments: str, threads: int = 1, ranks: int = 1, fds: tuple[int, ...] = ()
+        self,
+        role: str,
+        *arguments: str,
+        threads: int = 1,
+        ranks: Ranks = Ranks(),
+        fds: tuple[int, ...] = (),
     ) -> None:
         """Start the first incarnation of a role; `fds` stay open here, for those that may follow."""
         log = self.attempt.paths.attempt(self.attempt.record.attempt) / f"{role}.log"
@@ -75,13 +80,15 @@ class Supervisor:
         self.children[role] = Child(recipe, self._start(recipe, 1))
 
     def _start(self, recipe: Recipe, incarnation: int) -> Program:
+        """Open its workshop and start it there. Raises: Fenced if this launcher was replaced"""
         number = self.attempt.record.attempt
+        workshop = self.attempt.stage.open_for(attempts.token(number, recipe.role, incarnation))
         return Program.start(
-            self.attempt.paths,
             recipe,
+            self.attempt.paths.root,
             attempt=number,
             incarnation=incarnation,
-            token=attempts.token(number, recipe.role, incarnation),
+            workshop=workshop.directory,
             frozen_s=self.attempt.config.launch.frozen_s,
         )
 
@@ -102,6 +109,8 @@ class Supervisor:
         asked = False
         while True:
             self.console.refresh()
+            if not self.stop_requests and any(c.program.is_asked_to_stop for c in self.children.values()):
+                self.stop_requests = 1
             if self.stop_requests > 1:
                 self.kill()
                 return EXIT_STOPPED, "stopped at once by a second signal"

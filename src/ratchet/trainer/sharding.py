@@ -20,7 +20,7 @@ from ratchet.config import TrainerConfig
 from ratchet.models.logprobs import Policy
 from ratchet.trainer.world import World
 
-SHAPES_AT_MOST = 64
+SHAPES_AT_MOST = 256
 """Of one compiled layer. More would mean that micro-batches are not padded to few shapes."""
 
 

@@ -66,7 +66,11 @@ class Updater:
         """
         torch.manual_seed(derive(self.seed, "trainer", step, self.world.rank))
         micro = packing.micro_batches(
-            batch.examples, self.config.micro_batch_tokens, self.world.rank, self.world.size
+            batch.examples,
+            self.config.micro_batch_tokens,
+            self.world.rank,
+            self.world.size,
+            few_shapes=self.config.compile,
         )
         tokens = batch.trained_tokens
         sums = [
