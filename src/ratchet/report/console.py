@@ -4,6 +4,7 @@ It reads the run directory only, so it needs nothing from the programs and canno
 the same screen without the run.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -11,17 +12,18 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
+import msgspec
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
 from ratchet import metrics
+from ratchet.attempts import Outcome
 from ratchet.errors import Damaged
 from ratchet.metrics import Row
 from ratchet.paths import RunPaths
 from ratchet.report.curve import curve
 from ratchet.report.screen import screen
-from ratchet.report.tail import Tail
 from ratchet.report.view import Watcher
 
 DRAW_S = 0.5
@@ -36,9 +38,9 @@ def open_terminal(file: IO[str]) -> RichConsole:
 class Screen:
     """A live screen of one run on a terminal. Use as a context manager; `draw` looks at the run again."""
 
-    def __init__(self, paths: RunPaths, console: RichConsole) -> None:
+    def __init__(self, watcher: Watcher, console: RichConsole) -> None:
         self._console = console
-        self._watcher = Watcher(paths)
+        self._watcher = watcher
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=False)
 
     def __enter__(self) -> "Screen":
@@ -50,8 +52,8 @@ class Screen:
     ) -> None:
         self._live.stop()
 
-    def draw(self) -> bool:
-        """Returns whether the run is open still."""
+    def draw(self, outcome: Outcome | None = None) -> bool:
+        """Returns whether the run is open still. `outcome` is one that is about to be recorded."""
         try:
             view = self._watcher.look()
         except Damaged as error:
@@ -60,6 +62,9 @@ class Screen:
         if view is None:
             self._live.update(Text("No attempt has begun yet."), refresh=True)
             return True
+        if outcome is not None:
+            record = msgspec.structs.replace(view.record, outcome=outcome)
+            view = dataclasses.replace(view, record=record, now=None)
         self._live.update(screen(view, self._console.width), refresh=True)
         return view.is_open
 
@@ -76,14 +81,14 @@ class Console:
         self._begins_at = begins_at
         self._log = log
         self._rich = open_terminal(sys.stderr)
-        self._tails = {role: Tail(paths.metric(role)) for role in ("trainer", "orchestrator", "evals")}
-        for tail in self._tails.values():
-            tail.look()
-        self._rewards: dict[int, float] = {}
-        self._screen = Screen(paths, self._rich) if self._rich.is_terminal else None
         self._watcher = Watcher(paths)
+        for role in ("trainer", "orchestrator", "evals"):
+            self._watcher.take(role)  # what is there already was shown by an attempt before this one
+        self._rewards: dict[int, float] = {}
+        self._screen = Screen(self._watcher, self._rich) if self._rich.is_terminal else None
         self._drawn_at = self._checked_at = 0.0
         self._said: set[str] = set()
+        self._outcome: Outcome | None = None
 
     def __enter__(self) -> "Console":
         if self._screen is not None:
@@ -94,9 +99,13 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._screen is not None:
-            self._screen.draw()
+            self._screen.draw(self._outcome)
             self._screen.__exit__(kind, error, trace)
             self._screen = None
+
+    def end(self, outcome: Outcome) -> None:
+        """How the attempt ended: the last screen shows it."""
+        self._outcome = outcome
 
     def say(self, text: str) -> None:
         """One message, to the person and to the launcher's log."""
@@ -106,11 +115,11 @@ class Console:
 
     def refresh(self) -> None:
         """Show what the programs have recorded since the last call."""
-        for row in self._tails["orchestrator"].look():
+        for row in self._watcher.take("orchestrator"):
             self._rewards[row["step"]] = row.get("reward/mean", float("nan"))
-        for row in self._tails["trainer"].look():
+        for row in self._watcher.take("trainer"):
             self._show_step(row)
-        for row in self._tails["evals"].look():
+        for row in self._watcher.take("evals"):
             self.say(f"eval of policy {row['step']}: {_pairs(row, 'eval/')}")
         now = time.monotonic()
         if self._screen is not None and now - self._drawn_at > DRAW_S:
