@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ratchet import attempts, heartbeat
@@ -23,8 +24,10 @@ RENDEZVOUS = "rendezvous"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What it takes to start an incarnation of a role: `python -m ratchet.<role> RUN ATTEMPT INCARNATION ...`."""
+    """What it takes to start an incarnation of a program: `python -m ratchet.<role> RUN ATTEMPT INCARNATION ...`."""
 
+    name: str
+    """What it is called in this run: its role, and of several servers of one role its number."""
     role: str
     log: Path
     arguments: tuple[str, ...] = ()
@@ -32,6 +35,7 @@ class Recipe:
     ranks: int = 1
     fds: tuple[int, ...] = ()
     """File descriptors that the processes inherit."""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Program:
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         env=child_environment(recipe.threads)
-                        | rank_environment(rank, recipe.ranks, workshop / RENDEZVOUS),
+                        | rank_environment(rank, recipe.ranks, workshop / RENDEZVOUS)
+                        | {**recipe.environment},
                         pass_fds=recipe.fds,
                         start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
                     )
