@@ -10,7 +10,8 @@ from orchestrated import STEPS, Run, check_sample, complete, parts, settings
 
 from ratchet import batchlog
 
-CLIENT = {"wait_s": 5, "timeout_s": 30, "liveness_s": 0.4}
+CLIENT = {"wait_s": 5, "timeout_s": 30}
+WATCHFUL = {"client": CLIENT | {"liveness_s": 0.5}}
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def exact(root, **more):
 
 
 def loose(root, **more):
-    return settings(root, orchestrator={"client": CLIENT, "eval": None}, max_async_level=2, **more)
+    orchestrator = {"client": CLIENT, "eval": None} | more.pop("orchestrator", {})
+    return settings(root, orchestrator=orchestrator, max_async_level=2, **more)
 
 
 def check_draws(run, steps=STEPS):
@@ -61,7 +63,7 @@ async def test_the_run_is_the_same_whichever_server_plays_a_rollout(here, server
 
 
 async def test_the_rollouts_of_a_group_prefer_one_server(here, servers):
-    await complete(exact(here / "run", orchestrator={"eval": None, "client": CLIENT}), *servers)
+    await complete(exact(here / "run", orchestrator={"eval": None}), *servers)
     # Batch 0 may begin before all servers have joined. In each later one every server is home to one of the groups;
     # batches 2 and 3 are those of policies 1 and 2.
     for policy in (1, 2):
@@ -79,18 +81,19 @@ async def test_the_rollouts_of_a_group_prefer_one_server(here, servers):
 @pytest.mark.parametrize("deterministic", [True, False])
 async def test_a_frozen_server_does_not_hold_up_the_run(here, servers, reference, deterministic):
     for server in servers:
-        server.delay_s = 0.01
-    run = Run((exact if deterministic else loose)(here / "run"), *(server.url for server in servers))
+        server.delay_s = 0.05
+    config = (exact if deterministic else loose)(here / "run", orchestrator=WATCHFUL)
+    run = Run(config, *(server.url for server in servers))
     await run.start()
     async with asyncio.timeout(20):
-        while servers[2].generated < 2:
+        while servers[2].open < 2:
             await asyncio.sleep(0.002)
     servers[2].freeze()
     said = await run.finish()
     await run.close(0)
     assert f"{servers[2].url} does not answer" in said
-    assert faults(run, "servers_frozen") == 1
-    assert faults(run, "failovers") == faults(run, "torn/silent") > 0
+    assert faults(run, "servers_frozen") >= 1
+    assert faults(run, "failovers") == faults(run, "torn/silent") > 1
     check_draws(run)
     if deterministic:
         assert parts(run) == reference
@@ -128,13 +131,14 @@ async def test_a_server_that_was_away_is_given_the_newest_weights_before_it_is_u
 
 async def test_weights_change_at_one_server_at_a_time_while_the_others_answer(here, servers):
     for server in servers:
-        server.delay_s, server.update_delay_s = 0.2, 0.15
-    run = await complete(loose(here / "run"), *servers)
+        server.delay_s, server.update_delay_s = 0.1, 0.1
+    # A slot is two requests: so few are answered at a time that new weights always meet rollouts in flight.
+    run = await complete(loose(here / "run", inference={"slots": 1}), *servers)
     check_draws(run)
     # The first is how a server joined, one that has not ended was begun with the run's end.
     updates = [span for server in servers for span in server.pauses[1:] if len(span) == 3]
     busy = sorted(span for span in updates if span[1] > 0)
-    assert len(busy) > 3
+    assert len(busy) >= 2
     assert all(earlier[2] <= later[0] for earlier, later in itertools.pairwise(busy))
     answers = [at for server in servers for at in server.answered_at]
     assert any(begin < at < end for at in answers for begin, _, end in busy)
@@ -146,7 +150,7 @@ async def test_weights_change_at_one_server_at_a_time_while_the_others_answer(he
 async def test_in_deterministic_mode_all_change_before_the_next_rollout_starts(here, servers):
     for count, server in enumerate(servers):
         server.update_delay_s = 0.1 * count
-    run = await complete(exact(here / "run", orchestrator={"eval": None, "client": CLIENT}), *servers)
+    run = await complete(exact(here / "run", orchestrator={"eval": None}), *servers)
     for step in range(STEPS):
         for sample in run.samples(step):
             check_sample(sample, policy=max(0, step - 1))
