@@ -82,14 +82,14 @@ def check_draws(root, steps):
 
 
 def test_three_servers_under_kills_and_freezes_end_as_one_that_nothing_happens_to(tmp_path):
-    calm, root, steps = tmp_path / "calm", tmp_path / "run", 8
+    calm, root, steps = tmp_path / "calm", tmp_path / "run", 6
     exact = (*SMALL, "--deterministic", "--max-steps", steps, "--orchestrator.eval.interval", steps)
     run("rl", *exact, "--output-dir", calm)
     process = start("rl", *exact, *POOL, "--output-dir", root)
     kills, freezes = attack(process, root, random.Random(4), steps)
     output = finish(process)
     assert kills >= 1
-    assert freezes >= 2
+    assert freezes >= 1
     restarted = [restart.role for restart in attempts.newest(RunPaths(root)).restarts]
     assert len(restarted) == kills
     assert set(restarted) <= set(SERVERS)
