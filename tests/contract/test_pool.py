@@ -81,19 +81,20 @@ async def test_the_rollouts_of_a_group_prefer_one_server(here, servers):
 @pytest.mark.parametrize("deterministic", [True, False])
 async def test_a_frozen_server_does_not_hold_up_the_run(here, servers, reference, deterministic):
     for server in servers:
-        server.delay_s = 0.05
-    config = (exact if deterministic else loose)(here / "run", orchestrator=WATCHFUL)
+        server.delay_s = 0.1
+    # Two requests at a server at a time, so that all are at work until the end.
+    config = (exact if deterministic else loose)(here / "run", orchestrator=WATCHFUL, inference={"slots": 1})
     run = Run(config, *(server.url for server in servers))
     await run.start()
     async with asyncio.timeout(20):
-        while servers[2].open < 2:
+        while not servers[2].open:
             await asyncio.sleep(0.002)
     servers[2].freeze()
     said = await run.finish()
     await run.close(0)
     assert f"{servers[2].url} does not answer" in said
     assert faults(run, "servers_frozen") >= 1
-    assert faults(run, "failovers") == faults(run, "torn/silent") > 1
+    assert faults(run, "failovers") == faults(run, "torn/silent") > 0
     check_draws(run)
     if deterministic:
         assert parts(run) == reference
@@ -131,7 +132,7 @@ async def test_a_server_that_was_away_is_given_the_newest_weights_before_it_is_u
 
 async def test_weights_change_at_one_server_at_a_time_while_the_others_answer(here, servers):
     for server in servers:
-        server.delay_s, server.update_delay_s = 0.1, 0.1
+        server.delay_s, server.update_delay_s = 0.25, 0.15
     # A slot is two requests: so few are answered at a time that new weights always meet rollouts in flight.
     run = await complete(loose(here / "run", inference={"slots": 1}), *servers)
     check_draws(run)
@@ -158,6 +159,19 @@ async def test_in_deterministic_mode_all_change_before_the_next_rollout_starts(h
     (begin, _, end), fastest = servers[2].pauses[-1], servers[0].pauses[-1]
     assert begin < fastest[2]
     assert not any(begin < at < end for server in servers for at in server.answered_at)
+
+
+async def test_a_server_that_cannot_take_new_weights_is_left_out_with_what_it_was_playing(here, servers):
+    for server in servers:
+        server.delay_s = 0.05
+    servers[0].script = {"/update_weights": [500] * 99}
+    servers[0].script["/update_weights"].insert(0, 200)  # it joins, and never changes
+    client = {"client": CLIENT | {"retries": 3}}
+    run = await complete(loose(here / "run", orchestrator=client, inference={"slots": 1}), *servers)
+    check_draws(run)
+    assert faults(run, "servers_given_up") == 1
+    assert [step_of(name) for name in servers[0].updates] == [0]
+    assert max(step_of(name) for name in servers[1].updates) == STEPS - 1
 
 
 async def test_the_oldest_policy_that_a_server_holds_is_kept(here, servers):

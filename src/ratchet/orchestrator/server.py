@@ -177,7 +177,8 @@ class Server:
             await self._adopt()
         if self.state is State.AWAY or (self.held != self._target.step and not self.is_serving):
             return
-        self._failed, self._refused = 0, 0
+        if self.held == self._target.step:
+            self._failed, self._refused = 0, 0
         self._has_served = True
         self.generation += 1
         self._become(State.READY)
@@ -249,7 +250,10 @@ class Server:
         await asyncio.sleep(min(_BACKOFF_S * 2 ** (self._failed - 1), _BACKOFF_MAX_S))
 
     async def _give_up(self, error: RatchetError) -> None:
-        """Leave this server alone for a while, if it was one of ours and others go on. Raises: `error` otherwise."""
+        """Leave this server alone for a while, if it was one of ours and others go on. Raises: `error` otherwise.
+
+        It may be paused in the middle of an update, so what waits for it is played elsewhere.
+        """
         if not self._has_served or not self._goes_on_without(self):
             raise error
         LOGGER.error("%s The run goes on without this server for %g s.", error, _GIVEN_UP_S)
@@ -257,4 +261,5 @@ class Server:
         self._failed, self._refused = 1, 0
         if self.state is not State.AWAY:
             self._become(State.JOINING)
+        self.client.cut()
         await asyncio.sleep(_GIVEN_UP_S)
