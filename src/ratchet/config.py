@@ -296,14 +296,33 @@ class EvalConfig(BaseConfig):
 class ClientConfig(BaseConfig):
     """How the orchestrator reaches inference."""
 
-    base_url: Free[str] = "http://127.0.0.1:8000"
-    """A vLLM-shaped server. Ignored when an [inference] section makes the run start its own."""
+    base_url: Free[list[str]] = ["http://127.0.0.1:8000"]
+    """A vLLM-shaped server, or several. Ignored when an [inference] section makes the run start its own."""
     wait_s: Free[float] = Field(default=60.0, gt=0)
-    """How long to wait for a server that does not answer yet."""
+    """How long to wait while no server answers."""
     timeout_s: Free[float] = Field(default=600.0, gt=0)
     """Longest duration of one request."""
     retries: Free[int] = Field(default=8, ge=0)
     """How often a torn request is played again, with the same seed."""
+    liveness_s: Free[float] = Field(default=10.0, gt=0)
+    """A server that does not answer `/health` for so long gets nothing; others play what it was playing."""
+    slow_start_s: Free[float] = Field(default=2.0, ge=0)
+    """After new weights or a restart a server's share of the requests grows from an eighth to all over so long."""
+
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_urls(cls, urls: list[str]) -> list[str]:
+        urls = [url.rstrip("/") for url in urls]
+        if not urls:
+            raise ValueError("base_url must name a server")
+        if len(set(urls)) < len(urls):
+            raise ValueError(f"base_url names a server twice ({', '.join(urls)})")
+        return urls
 
 
 class OrchestratorConfig(BaseConfig):
@@ -358,6 +377,11 @@ class InferenceConfig(BaseConfig):
     host: Free[str] = "127.0.0.1"
     port: Free[Annotated[int, Field(ge=0, le=65535)]] = 8000
     """0 takes a free port; a run that starts its own server always does."""
+    replicas: Free[Positive] = 1
+    """Servers that a run starts, each alike and restarted alone; the memory of each comes on top."""
+    devices: Free[list[str] | None] = None
+    """`CUDA_VISIBLE_DEVICES` of each replica in turn: ["0", "1"], or ["0,1", "2,3"] for engines of two GPUs. By
+    default several replicas take the visible GPUs in turn, one each."""
     slots: Announced[Positive] = 128
     """Sequences decoded together; a part of what makes results repeatable."""
     max_model_len: Announced[Positive] = 512

@@ -1,11 +1,12 @@
 """A server that speaks the protocol without a model: its answers are a function of weights, prompt and seed.
 
-It can tear requests, be restarted with other weights, answer late, and refuse an architecture.
+It can tear requests, be restarted with other weights, answer late, freeze, and refuse an architecture.
 """
 
 import asyncio
 import hashlib
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +28,15 @@ class FakeInference:
         self.restart_at: set[int] = set()
         self.refuses = ""
         self.path = ""
+        self.given: list[tuple[str, bool]] = []
+        """The directories that it was told to load, and whether they were there."""
+        self.pauses: list[list[float]] = []
+        """When each update began, how many requests were open then, and when it ended."""
+        self.open = 0
+        self.update_delay_s = 0.0
+        self.answered_at: list[float] = []
+        self.facts = {"slots": 16, "batch_invariant": True}
+        self.max_model_len = 128
         self.seeds: Counter[int] = Counter()
         """How often an answer was sampled from each seed."""
         self.hold_after: int | None = None
@@ -37,6 +47,8 @@ class FakeInference:
         self._counter = 0
         self._resumed = asyncio.Event()
         self._resumed.set()
+        self._thawed = asyncio.Event()
+        self._thawed.set()
 
     async def start(self, port=0):
         app = web.Application(client_max_size=1 << 26, middlewares=[self.scripted])
@@ -62,6 +74,7 @@ class FakeInference:
 
     @web.middleware
     async def scripted(self, request, handler):
+        await self._thawed.wait()
         if statuses := self.script.get(request.path):
             if status := statuses.pop(0):
                 return web.json_response({"error": {"message": "as scripted"}}, status=status)
@@ -76,21 +89,23 @@ class FakeInference:
         return web.json_response({})
 
     async def models(self, request):
-        return web.json_response({"data": [{"id": "fake", "max_model_len": 128}]})
+        return web.json_response({"data": [{"id": "fake", "max_model_len": self.max_model_len}]})
 
     async def weight_info(self, request):
         facts = {"model_type": "qwen3", "hidden_size": 128}
         info = {"weight_version": self.version, "paused": self.is_paused, "architecture_facts": facts}
-        return web.json_response(info)
+        return web.json_response(info | self.facts)
 
     async def pause(self, request):
         assert request.query["mode"] in ("keep", "wait")
         self.is_paused = True
+        self.pauses.append([time.monotonic(), self.open])
         self._resumed.clear()
         return web.json_response({})
 
     async def resume(self, request):
         self.is_paused = False
+        self.pauses[-1].append(time.monotonic())
         self._resumed.set()
         return web.json_response({})
 
@@ -99,13 +114,22 @@ class FakeInference:
             return web.json_response({"error": {"message": self.refuses}}, status=409)
         self.path = (await request.json())["update_info"]["path"]
         assert Path(self.path).is_absolute()
-        assert (Path(self.path) / "config.json").exists()
+        self.given.append((self.path, (Path(self.path) / "config.json").exists()))
+        assert self.given[-1][1]
+        await asyncio.sleep(self.update_delay_s)
         return web.json_response({})
 
     async def finish(self, request):
         self.version = (await request.json())["weight_version"]
         self.updates.append(self.version)
         return web.json_response({})
+
+    def freeze(self):
+        """What SIGSTOP looks like from outside: connections are accepted, and nothing is answered."""
+        self._thawed.clear()
+
+    def thaw(self):
+        self._thawed.set()
 
     def restart(self, version="default"):
         """What a crash and a fresh start look like from outside."""
@@ -114,6 +138,13 @@ class FakeInference:
         self._resumed.set()
 
     async def generate(self, request):
+        self.open += 1
+        try:
+            return await self.sample(request)
+        finally:
+            self.open -= 1
+
+    async def sample(self, request):
         body = await request.json()
         assert not {"top_p", "top_k"} & set(body["sampling_params"])
         self._counter += 1
@@ -126,9 +157,11 @@ class FakeInference:
         if self.delay_s:
             await asyncio.sleep(self.delay_s * (count % 3))
         await self._resumed.wait()
+        await self._thawed.wait()
         if self.hold_after is not None and self.generated >= self.hold_after:
             await asyncio.Event().wait()
         self.generated += 1
+        self.answered_at.append(time.monotonic())
         self.seeds[body["sampling_params"]["seed"]] += 1
         token_ids, logprobs = self.answer(body["token_ids"], body["sampling_params"])
         self.served_by_prompt.setdefault(tuple(body["token_ids"]), set()).add(self.version)

@@ -3,7 +3,7 @@
 import pytest
 
 from ratchet import config_io
-from ratchet.config import OnResume, RLConfig, SFTConfig
+from ratchet.config import ClientConfig, OnResume, RLConfig, SFTConfig
 from ratchet.errors import Refusal
 
 TRAIN = """
@@ -112,3 +112,25 @@ def test_the_async_level_is_fixed_in_deterministic_mode(files):
 def test_every_leaf_has_a_mark():
     for cls in (RLConfig, SFTConfig):
         assert all(isinstance(mark, OnResume) for mark in config_io.marks(cls).values())
+
+
+@pytest.mark.parametrize(
+    ("given", "urls"),
+    [
+        ([], ["http://127.0.0.1:8000"]),
+        (["http://a:1/"], ["http://a:1"]),
+        (["http://a:1", "http://b:2"], ["http://a:1", "http://b:2"]),
+    ],
+)
+def test_servers_are_one_url_or_several(files, given, urls):
+    flags = ["--orchestrator.client.base-url", *given] if given else []
+    assert config_io.load(RLConfig, split(files, *flags)).orchestrator.client.base_url == urls
+
+
+def test_a_file_may_name_one_server_as_text():
+    assert ClientConfig.model_validate({"base_url": "http://a:1"}).base_url == ["http://a:1"]
+
+
+def test_a_server_that_is_named_twice_is_refused(files):
+    with pytest.raises(Refusal, match="names a server twice"):
+        config_io.load(RLConfig, split(files, "--orchestrator.client.base-url", "http://a:1", "http://a:1/"))

@@ -1,6 +1,6 @@
 """The inference program: a standing server, or the server of one run.
 
-python -m ratchet.inference RUN ATTEMPT INCARNATION --fd N
+python -m ratchet.inference RUN ATTEMPT INCARNATION --fd N [--name NAME]
 """
 
 import argparse
@@ -25,9 +25,10 @@ def main() -> int:
     parser.add_argument("attempt", type=int)
     parser.add_argument("incarnation", type=int)
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--name", default="inference", help="which of several servers of the run it is")
     arguments = parser.parse_args()
     log.setup("inference")
-    assignment = attempts.join(arguments.run, arguments.attempt, "inference", arguments.incarnation)
+    assignment = attempts.join(arguments.run, arguments.attempt, arguments.name, arguments.incarnation)
     log.setup("inference", assignment.config.log.level)
     with socket.socket(fileno=arguments.fd) as listener:
         return _serve(assignment.config, listener, lambda line: log.LOGGER.info("%s", line), assignment.stage)

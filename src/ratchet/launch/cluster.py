@@ -163,18 +163,18 @@ def orchestrate(config: RLConfig, wait_s: float) -> int:
     member = Member(config, "orchestrator", wait_s, threads=1)
 
     def work(record: Record, incarnation: int) -> int:
-        url = config.orchestrator.client.base_url
+        urls = config.orchestrator.client.base_url
         own: list[str] = []
         if config.inference is not None:
             found = _wait_for_address(member, record, wait_s)
             if found is None:
                 return EXIT_STOPPED
-            url, own = found, ["--own-server"]
+            urls, own = [found], ["--own-server"]
 
         def has_moved() -> bool:
-            return bool(own) and find_address(member.paths, record.attempt) not in (None, url)
+            return bool(own) and find_address(member.paths, record.attempt) not in (None, *urls)
 
-        code = member.run(record, incarnation, "--base-url", url, *own, is_over=has_moved)
+        code = member.run(record, incarnation, "--base-url", *urls, *own, is_over=has_moved)
         if code == EXIT_OK:  # tells inference that nobody needs it any more
             token = attempts.token(record.attempt, "orchestrator", incarnation)
             shutil.rmtree(member.paths.staging / token, ignore_errors=True)

@@ -36,7 +36,7 @@ def join_orchestrator(config: RLConfig) -> int:
         str(incarnation),
     ]
     child = subprocess.Popen(
-        [*command, "--base-url", config.orchestrator.client.base_url],
+        [*command, "--base-url", *config.orchestrator.client.base_url],
         env=child_environment(threads=1),
         start_new_session=True,
     )

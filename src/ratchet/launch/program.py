@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ratchet import heartbeat
@@ -45,8 +46,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What it takes to start an incarnation of a role: `python -m ratchet.<role> RUN ATTEMPT INCARNATION ...`."""
+    """What it takes to start an incarnation of a program: `python -m ratchet.<role> RUN ATTEMPT INCARNATION ...`."""
 
+    name: str
+    """What it is called in this run: its role, and of several servers of one role its number."""
     role: str
     log: Path
     arguments: tuple[str, ...] = ()
@@ -54,6 +57,7 @@ class Recipe:
     ranks: Ranks = Ranks()
     fds: tuple[int, ...] = ()
     """File descriptors that the processes inherit."""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class Program:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=child_environment(recipe.threads) | rank_environment(rank, recipe.ranks, workshop),
+                    env=child_environment(recipe.threads)
+                    | rank_environment(rank, recipe.ranks, workshop)
+                    | {**recipe.environment},
                     pass_fds=recipe.fds,
                     start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
                 )

@@ -13,8 +13,9 @@ import msgspec
 
 from ratchet import config_io, durable, metrics
 from ratchet.attempts import Outcome, Plan
-from ratchet.config import RLConfig, RunConfig, SFTConfig
+from ratchet.config import InferenceConfig, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+from ratchet.launch import devices
 from ratchet.launch.nodes import ranks_of
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
@@ -108,20 +109,39 @@ def _greet(console: Console, opened: Attempt) -> None:
 def _start_children(
     supervisor: Supervisor, config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack
 ) -> None:
-    """Start every role; `held` keeps the server's socket open, so that a restarted one has the same port."""
+    """Start every role; `held` keeps the servers' sockets open, so that a restarted one has the same port."""
     if isinstance(config, SFTConfig | RLConfig):
         supervisor.start("trainer", threads=config.trainer.threads, ranks=ranks_of(config.trainer))
     if not isinstance(config, RLConfig):
         return
-    arguments = ("--base-url", config.orchestrator.client.base_url)
+    arguments = ("--base-url", *config.orchestrator.client.base_url)
     if "inference" in roles and config.inference is not None:
-        server = held.enter_context(listen(config.inference.host, 0))
-        fd = server.fileno()
-        supervisor.start("inference", "--fd", str(fd), threads=config.inference.threads, fds=(fd,))
-        host, port = server.getsockname()[:2]
-        arguments = ("--base-url", f"http://{host}:{port}", "--own-server")
+        urls = _start_servers(supervisor, config.inference, held)
+        arguments = ("--base-url", *urls, "--own-server")
     if "orchestrator" in roles:
         supervisor.start("orchestrator", *arguments)
+
+
+def _start_servers(
+    supervisor: Supervisor, settings: InferenceConfig, held: contextlib.ExitStack
+) -> list[str]:
+    """Start the replicas, each on a port of its own; returns their URLs."""
+    urls = []
+    for replica in range(settings.replicas):
+        server = held.enter_context(listen(settings.host, 0))
+        fd = server.fileno()
+        name = "inference" if settings.replicas == 1 else f"inference_{replica}"
+        supervisor.start(
+            "inference",
+            *("--fd", str(fd), "--name", name),
+            name=name,
+            threads=settings.threads,
+            fds=(fd,),
+            environment=devices.environment(settings, replica),
+        )
+        host, port = server.getsockname()[:2]
+        urls.append(f"http://{host}:{port}")
+    return urls
 
 
 def _say_goodbye(console: Console, opened: Attempt, code: int, log: IO[str]) -> None:

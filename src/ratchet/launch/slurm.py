@@ -158,6 +158,11 @@ def _roles(config: RunConfig, settings: SlurmConfig) -> tuple[str, ...]:
             )
     if not isinstance(config, RLConfig):
         return ("trainer",)
+    if config.inference is not None and config.inference.replicas > 1:
+        raise Refusal(
+            f"inference.replicas is {config.inference.replicas}: --slurm starts one inference job; set it to 1, or "
+            "start the servers yourself and name them in orchestrator.client.base_url."
+        )
     own = ("inference",) if config.inference is not None else ()
     return ("trainer", "orchestrator", *own)
 

@@ -3,12 +3,14 @@
 Who may end first: a trainer that reached max_steps (the orchestrator still plays the last evaluation), or an
 orchestrator that has emitted the last batch. Inference never; it is stopped last.
 
-A replacement is a new incarnation of one role while the others go on, in this order: fence the old one by renaming
-its workshop away, kill what is left of it, plan and record, start. A role that fails too often stops all.
+A replacement is a new incarnation of one program while the others go on, in this order: fence the old one by renaming
+its workshop away, kill what is left of it, plan and record, start. One that fails too often stops all, unless it is a
+server beside which another one is left.
 """
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -31,7 +33,7 @@ LAST_LINES = 15
 
 @dataclass
 class Child:
-    """One role of the run: its newest incarnation, and what it takes to start another."""
+    """One program of the run: its newest incarnation, and what it takes to start another."""
 
     recipe: Recipe
     program: Program
@@ -41,14 +43,24 @@ class Child:
     """When the next incarnation starts; None once it did, and where there is none."""
     was_frozen: bool = False
     """The launcher killed it for giving no sign of life."""
+    is_given_up: bool = False
+    """It failed too often, and the run goes on without it."""
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
 
     @property
     def role(self) -> str:
         return self.recipe.role
 
+    @property
+    def is_server(self) -> bool:
+        return self.role == "inference"
+
     def poll(self) -> int | None:
-        """The exit code, if it ended and no other incarnation will follow."""
-        return self.program.poll() if self.due_at is None else None
+        """The exit code, if it ended and that is not settled yet."""
+        return self.program.poll() if self.due_at is None and not self.is_given_up else None
 
     def tail(self) -> str:
         lines = self.recipe.log.read_text(errors="replace").splitlines()
@@ -70,19 +82,22 @@ class Supervisor:
         self,
         role: str,
         *arguments: str,
+        name: str = "",
         threads: int = 1,
         ranks: Ranks = Ranks(),
         fds: tuple[int, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start the first incarnation of a role; `fds` stay open here, for those that may follow."""
-        log = self.attempt.paths.attempt(self.attempt.record.attempt) / f"{role}.log"
-        recipe = Recipe(role, log, arguments, threads, ranks, fds)
-        self.children[role] = Child(recipe, self._start(recipe, 1))
+        """Start the first incarnation of a program; `fds` stay open here, for those that may follow."""
+        name = name or role
+        log = self.attempt.paths.attempt(self.attempt.record.attempt) / f"{name}.log"
+        recipe = Recipe(name, role, log, arguments, threads, ranks, fds, environment or {})
+        self.children[name] = Child(recipe, self._start(recipe, 1))
 
     def _start(self, recipe: Recipe, incarnation: int) -> Program:
         """Open its workshop and start it there. Raises: Fenced if this launcher was replaced"""
         number = self.attempt.record.attempt
-        workshop = self.attempt.stage.open_for(attempts.token(number, recipe.role, incarnation))
+        workshop = self.attempt.stage.open_for(attempts.token(number, recipe.name, incarnation))
         return Program.start(
             recipe,
             self.attempt.paths.root,
@@ -134,16 +149,28 @@ class Supervisor:
             return EXIT_STOPPED, "stopped on request"
         for child in self.children.values():
             code = child.poll()
-            if code is None or (code == EXIT_OK and child.role != "inference"):
+            if code is None or (code == EXIT_OK and not child.is_server):
                 continue
             why = "" if asked else self._replace(child, code)
-            if why is not None:
+            if why is not None and not self._goes_on_without(child, code, why):
                 self.stop_all()
                 return self._failure(child, code or EXIT_CRASH, why)
-        if all(child.poll() == EXIT_OK for child in self.children.values() if child.role != "inference"):
+        if all(child.poll() == EXIT_OK for child in self.children.values() if not child.is_server):
             self.stop_all()
             return EXIT_OK, "complete"
         return None
+
+    def _goes_on_without(self, child: Child, code: int, why: str) -> bool:
+        """Give up a server that crashed too often, if another one is left."""
+        others = [other for other in self.children.values() if other.is_server and other is not child]
+        if not why or not child.is_server or all(other.is_given_up for other in others):
+            return False
+        child.is_given_up = True
+        self.console.say(
+            f"The {child.name} {_how(child, code)}; {why}. The run goes on without it; its last lines "
+            f"({child.recipe.log}):\n{child.tail()}"
+        )
+        return True
 
     def _replace(self, child: Child, code: int) -> str | None:
         """Fence a program that ended and schedule its next incarnation; or return why there is none."""
@@ -161,15 +188,15 @@ class Supervisor:
         child.incarnation += 1
         child.restarted_at.append(now)
         child.due_at = now + verdict.delay_s
-        self._record(Restart(role=child.role, incarnation=child.incarnation, reason=reason, plan=plan))
+        self._record(Restart(role=child.name, incarnation=child.incarnation, reason=reason, plan=plan))
         self.console.say(
-            f"The {child.role} {reason}: incarnation {child.incarnation} {self._where(child.role, plan)}, "
+            f"The {child.name} {reason}: incarnation {child.incarnation} {self._where(child.role, plan)}, "
             f"in {verdict.delay_s:g} s."
         )
         return None
 
     def _fence(self, child: Child) -> None:
-        prefix = attempts.token(self.attempt.record.attempt, child.role, 0)[:-1]
+        prefix = attempts.token(self.attempt.record.attempt, child.name, 0)[:-1]
         durable.revoke(self.attempt.paths, by=self.attempt.stage, prefix=prefix)
 
     def _plan(self, role: str) -> Plan | None:
@@ -210,19 +237,20 @@ class Supervisor:
             return
         self.pulses_taken_at = now
         for child in self.children.values():
-            if child.due_at is None and child.program.is_frozen(now):
+            if child.due_at is None and not child.is_given_up and child.program.is_frozen(now):
                 child.was_frozen = True
                 self._fence(child)
                 child.program.kill()
 
     def _failure(self, child: Child, code: int, why: str) -> tuple[int, str]:
-        reason = f"{child.role} {_how(child, code)}" + (f"; {why}" if why else "")
+        reason = f"{child.name} {_how(child, code)}" + (f"; {why}" if why else "")
         self.console.say(f"The {reason}; its last lines ({child.recipe.log}):\n{child.tail()}")
         return code if code > 0 else EXIT_CRASH, reason
 
     def signal(self, role: str, number: int) -> None:
-        if role in self.children:
-            self.children[role].program.signal(number)
+        for child in self.children.values():
+            if child.role == role:
+                child.program.signal(number)
 
     def stop_all(self) -> None:
         """Ask everyone, the trainer first because it may save; insist after the grace period."""

@@ -1,4 +1,4 @@
-"""`python -m ratchet.orchestrator RUN ATTEMPT INCARNATION --base-url URL`: one program of an open attempt."""
+"""`python -m ratchet.orchestrator RUN ATTEMPT INCARNATION --base-url URL ...`: one program of an open attempt."""
 
 import argparse
 import asyncio
@@ -16,8 +16,8 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("attempt", type=int)
     parser.add_argument("incarnation", type=int)
-    parser.add_argument("--base-url", required=True)
-    parser.add_argument("--own-server", action="store_true", help="the launcher started it and watches it")
+    parser.add_argument("--base-url", required=True, nargs="+")
+    parser.add_argument("--own-server", action="store_true", help="the launcher started and watches them")
     arguments = parser.parse_args()
     run = attempts.join(arguments.run, arguments.attempt, "orchestrator", arguments.incarnation)
     config: RLConfig = run.config

@@ -15,6 +15,7 @@ from ratchet.config import EnvConfig, RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment, Message, Split, settle
 from ratchet.errors import Refusal
+from ratchet.log import LOGGER
 from ratchet.orchestrator import vllm_fit
 from ratchet.orchestrator.client import WeightInfo, nobody_answers
 
@@ -98,14 +99,20 @@ async def _longest_prompt(env: Environment, label: str) -> tuple[str, list[Messa
 
 
 def probe(config: RLConfig) -> None:
-    """Refuse a run whose server does not answer, or holds another architecture. Raises: Refusal."""
+    """Refuse a run of whose servers none answers, or one holds another architecture. Raises: Refusal."""
     client = config.orchestrator.client
-    url = client.base_url.rstrip("/")
     deadline = time.monotonic() + client.wait_s
-    while _get(f"{url}/health") is None:
+    while not (there := [url for url in client.base_url if _get(f"{url}/health") is not None]):
         if time.monotonic() > deadline:
-            raise Refusal(nobody_answers(url, client.wait_s))
+            raise Refusal(nobody_answers(", ".join(client.base_url), client.wait_s))
         time.sleep(_PROBE_POLL_S)
+    if missing := [url for url in client.base_url if url not in there]:
+        LOGGER.warning("nobody answers at %s yet: the run starts without", ", ".join(missing))
+    for url in there:
+        _probe_weights(url, config)
+
+
+def _probe_weights(url: str, config: RLConfig) -> None:
     directory = Path(config.model.name)
     data = _get(f"{url}/weight_info")
     if (misfit := vllm_fit.misfit(data, _get(f"{url}/version"))) is not None:

@@ -1,31 +1,28 @@
-"""The client of a vLLM-shaped inference server: tokens in, tokens out, and live weights.
+"""The client of one vLLM-shaped inference server: tokens in, tokens out, and live weights.
 
-A request that is torn (connection, timeout, 5xx, abort) is played again with the same seed; how often is
-counted in `retries` and never changes a result.
+Every call is one try. What yields nothing by no fault of its own is `Torn`, and played again by the pool with the
+same seed; what the server understood and refuses is `Answered`.
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import aiohttp
 import msgspec
 
-from ratchet.config import ClientConfig
-from ratchet.errors import RatchetError, Refusal
+from ratchet.errors import RatchetError
 
 PauseMode = Literal["keep", "wait"]
+Cause = Literal["connection", "timeout", "status", "answer", "silent"]
 T = TypeVar("T")
 
 CONFLICT = 409
 DAMAGED = 400
-_UPDATE = "/update_weights"
-_HEALTH_POLL_S = 0.1
-_HEALTH_TIMEOUT_S = 5.0
-_BACKOFF_S = 0.05
-_BACKOFF_MAX_S = 2.0
+UPDATE = "/update_weights"
+_GENERATE = "/inference/v1/generate"
+_SPARE_CONNECTIONS = 8
 _LONGEST_SENTENCE = 500
 
 
@@ -46,6 +43,16 @@ class Completion(msgspec.Struct, frozen=True):
     finish_reason: str
 
 
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer to be sampled; the same request gives the same answer, whoever gives it."""
+
+    token_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+    temperature: float
+    stop_token_ids: Sequence[int]
+
+
 class WeightInfo(msgspec.Struct, frozen=True):
     """What a server says about the weights it holds; a plain vLLM says the version only."""
 
@@ -53,6 +60,17 @@ class WeightInfo(msgspec.Struct, frozen=True):
     paused: bool | None = None
     architecture: str | None = None
     architecture_facts: dict[str, Any] = {}
+    slots: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    batch_invariant: bool | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a token's bits depend on besides weights, prompt and seed."""
+        names = ("slots", "dtype", "device", "threads", "batch_invariant")
+        return {name: getattr(self, name) for name in names}
 
 
 class _Logprob(msgspec.Struct):
@@ -90,6 +108,10 @@ class _IsPaused(msgspec.Struct):
 class Torn(Exception):
     """A request yielded nothing, by no fault of its own: it may be repeated."""
 
+    def __init__(self, cause: Cause, sentence: str) -> None:
+        super().__init__(sentence)
+        self.cause: Cause = cause
+
 
 class Answered(RatchetError):
     """The server understood a request and says no; repeating it would change nothing."""
@@ -102,23 +124,21 @@ class Answered(RatchetError):
 
 
 class Client:
-    """One server. Use `async with`, then `connect` once."""
+    """One server. Use `async with`, and `connect` before anything is generated."""
 
-    def __init__(self, base_url: str, config: ClientConfig, *, concurrency: int) -> None:
+    def __init__(self, base_url: str, *, timeout_s: float, concurrency: int) -> None:
         self.base_url = base_url.rstrip("/")
-        self._config = config
+        self._timeout_s = timeout_s
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
-        self._health_lock = asyncio.Lock()
-        self._healthy_at = 0.0
+        self._open: set[asyncio.Task[Any]] = set()
         self._model = ""
         self.max_model_len: int | None = None
-        self.retries = 0
 
     async def __aenter__(self) -> "Client":
+        limit = self._concurrency + _SPARE_CONNECTIONS
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._concurrency + 8, limit_per_host=0),
-            timeout=aiohttp.ClientTimeout(total=self._config.timeout_s),
+            connector=aiohttp.TCPConnector(limit=limit, limit_per_host=0),
             headers={"Content-Type": "application/json"},
         )
         return self
@@ -127,54 +147,32 @@ class Client:
         if self._session is not None:
             await self._session.close()
 
+    async def check_health(self, timeout_s: float) -> None:
+        """Raises: Torn, or Answered, where there is no sign of life. Not cut by `cut`."""
+        await self._request("GET", "/health", None, timeout_s)
+
     async def connect(self) -> None:
-        """Wait for the server and learn the name it serves. Raises: Refusal if nobody answers in time."""
-        if not await self._wait_until_healthy():
-            raise Refusal(nobody_answers(self.base_url, self._config.wait_s))
-        served = await self._persist("/v1/models", lambda: self._get("/v1/models", _Models))
+        """Learn the name that the server serves. Raises: Torn, RatchetError."""
+        served = await self._get("/v1/models", _Models)
         if not served.data:
             raise RatchetError(f"inference at {self.base_url} serves no model.")
         self._model, self.max_model_len = served.data[0].id, served.data[0].max_model_len
 
-    async def _wait_until_healthy(self) -> bool:
-        deadline = time.monotonic() + self._config.wait_s
-        while True:
-            try:
-                await self._exchange("GET", "/health", timeout_s=_HEALTH_TIMEOUT_S)
-                return True
-            except (Torn, Answered):
-                if time.monotonic() > deadline:
-                    return False
-            await asyncio.sleep(_HEALTH_POLL_S)
-
-    async def generate(
-        self,
-        token_ids: Sequence[int],
-        *,
-        seed: int,
-        max_tokens: int,
-        temperature: float,
-        stop_token_ids: Sequence[int],
-    ) -> Completion:
-        """Sample one answer. Raises: RatchetError after `client.retries` torn requests."""
+    async def generate(self, request: Request) -> Completion:
+        """Sample one answer. Raises: Torn, RatchetError."""
         sampling = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "seed": request.seed,
             "logprobs": 0,
-            "stop_token_ids": stop_token_ids,
+            "stop_token_ids": request.stop_token_ids,
         }
-        body = msgspec.json.encode(
-            {"model": self._model, "token_ids": token_ids, "sampling_params": sampling}
-        )
-        return await self._persist("/inference/v1/generate", lambda: self._generate(body))
-
-    async def _generate(self, body: bytes) -> Completion:
-        path = "/inference/v1/generate"
-        generated = self._decode(path, await self._exchange("POST", path, body), _Generated)
+        body = {"model": self._model, "token_ids": request.token_ids, "sampling_params": sampling}
+        data = await self._exchange("POST", _GENERATE, msgspec.json.encode(body))
+        generated = self._decode(_GENERATE, data, _Generated)
         choice = generated.choices[0] if generated.choices else None
         if choice is None or choice.finish_reason not in ("stop", "length"):
-            raise Torn(f"the answer ended as {choice.finish_reason if choice else 'nothing'!r}")
+            raise Torn("answer", f"the answer ended as {choice.finish_reason if choice else 'nothing'!r}")
         count = len(choice.token_ids)
         logprobs = [item.logprob for item in choice.logprobs.content] if choice.logprobs else []
         spans = choice.weight_versions or []
@@ -186,7 +184,7 @@ class Client:
         return Completion(choice.token_ids, logprobs, spans, choice.finish_reason)
 
     async def weight_info(self) -> WeightInfo:
-        """The weights that the server holds now, and whether it is paused."""
+        """The weights that the server holds now, and whether it is paused. Raises: Torn, RatchetError."""
         info = await self._get("/weight_info", WeightInfo)
         if info.paused is None:
             paused = await self._get("/is_paused", _IsPaused)
@@ -196,70 +194,56 @@ class Client:
     async def adopt(self, version: str, path: Path, mode: PauseMode) -> None:
         """Give the server the weights in `path` under the name `version`, and check that it has them.
 
-        The whole cycle is repeated if any part of it is torn, or if the server was restarted inside it and
-        so lost the thread (409). Weights that it refuses twice are of another architecture.
-        Raises: Refusal for those; RatchetError if the adoption does not succeed.
+        Raises: Torn if any part of the cycle is, it is to be repeated as a whole; Answered.
         """
-        refused: list[str] = []
-
-        async def cycle() -> None:
-            try:
-                await self._adopt(version, path, mode)
-            except Answered as error:
-                if error.status == DAMAGED and error.path == _UPDATE:
-                    # Also what a directory answers that is being replaced while the server reads it.
-                    raise Torn(str(error)) from None
-                if error.status != CONFLICT:
-                    raise
-                if error.path == _UPDATE:
-                    refused.append(error.sentence)
-                if len(refused) > 1:
-                    raise Refusal(
-                        f"inference at {self.base_url} cannot hold {path}: {error.sentence}"
-                    ) from None
-                raise Torn(str(error)) from None
-
-        await self._persist(f"the adoption of {version}", cycle)
-
-    async def _adopt(self, version: str, path: Path, mode: PauseMode) -> None:
         await self._exchange("POST", f"/pause?mode={mode}")
         await self._exchange("POST", "/start_weight_update")
         update = {"update_info": {"path": str(path.absolute())}}
-        await self._exchange("POST", _UPDATE, msgspec.json.encode(update))
+        await self._exchange("POST", UPDATE, msgspec.json.encode(update))
         name = {"weight_version": version}
         await self._exchange("POST", "/finish_weight_update", msgspec.json.encode(name))
         await self._exchange("POST", "/reset_prefix_cache")
         await self._exchange("POST", "/resume")
         info = await self.weight_info()
         if info.weight_version != version or info.paused:
-            raise Torn(f"it then reported version {info.weight_version!r}, paused: {info.paused}")
+            raise Torn("answer", f"it then reported version {info.weight_version!r}, paused: {info.paused}")
 
-    async def _persist(self, what: str, request: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a request while it is torn, the server having answered /health in between."""
-        failed = 0
-        while True:
-            try:
-                return await request()
-            except Torn as error:
-                torn_at = time.monotonic()
-                failed += 1
-                self.retries += 1
-                if failed > self._config.retries:
-                    raise RatchetError(
-                        f"{what} at {self.base_url} failed {failed} times; the last time: {error}. "
-                        "orchestrator.client.retries allows more."
-                    ) from None
-            await asyncio.sleep(min(_BACKOFF_S * 2 ** (failed - 1), _BACKOFF_MAX_S))
-            await self._recover(torn_at)
+    def cut(self) -> None:
+        """Tear every call that waits for an answer, as if its connection had broken."""
+        for task in self._open:
+            task.cancel()
 
-    async def _recover(self, torn_at: float) -> None:
-        """Wait, once for all torn requests, until the server answers /health again."""
-        async with self._health_lock:
-            if self._healthy_at > torn_at:
-                return
-            if not await self._wait_until_healthy():
-                raise RatchetError(nobody_answers(self.base_url, self._config.wait_s))
-            self._healthy_at = time.monotonic()
+    async def _exchange(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """One request, unless it is cut. Raises: Torn, or Answered for a refusal that is the server's own."""
+        task = asyncio.create_task(self._request(method, path, body, self._timeout_s))
+        self._open.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise Torn("silent", f"{self.base_url} gave no sign of life") from None
+        finally:
+            self._open.discard(task)
+
+    async def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
+        assert self._session is not None, "use the client inside `async with`"
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(
+                method, self.base_url + path, data=body, timeout=timeout
+            ) as response:
+                data, status = await response.read(), response.status
+        except TimeoutError:
+            raise Torn("timeout", f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Torn("connection", f"{type(error).__name__} {error}".strip()) from None
+        if status >= 500 or status == 429:
+            raise Torn("status", f"status {status}: {_sentence(data)}")
+        if status >= 400:
+            raise Answered(path, status, _sentence(data))
+        return data
 
     async def _get(self, path: str, answer: type[T]) -> T:
         return self._decode(path, await self._exchange("GET", path), answer)
@@ -272,30 +256,11 @@ class Client:
                 f"inference at {self.base_url} answered {path} with something else: {error}."
             ) from None
 
-    async def _exchange(
-        self, method: str, path: str, body: bytes | None = None, timeout_s: float | None = None
-    ) -> bytes:
-        """One request. Raises: Torn, or Answered for a refusal that is the server's own."""
-        assert self._session is not None, "use the client inside `async with`"
-        timeout = aiohttp.ClientTimeout(total=timeout_s or self._config.timeout_s)
-        try:
-            async with self._session.request(
-                method, self.base_url + path, data=body, timeout=timeout
-            ) as response:
-                data, status = await response.read(), response.status
-        except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
-            raise Torn(f"{type(error).__name__} {error}".strip()) from None
-        if status >= 500 or status == 429:
-            raise Torn(f"status {status}: {_sentence(data)}")
-        if status >= 400:
-            raise Answered(path, status, _sentence(data))
-        return data
 
-
-def nobody_answers(url: str, waited_s: float) -> str:
-    """The sentence for a server that is not there."""
+def nobody_answers(urls: str, waited_s: float) -> str:
+    """The sentence for servers that are not there."""
     return (
-        f"nobody answers at {url} after {waited_s:g} s: start `uv run inference @ ...` "
+        f"nobody answers at {urls} after {waited_s:g} s: start `uv run inference @ ...` "
         "or set orchestrator.client.base_url."
     )
 

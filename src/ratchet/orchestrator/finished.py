@@ -15,7 +15,7 @@ from ratchet.config import EnvConfig, RLConfig
 from ratchet.envs.base import Environment
 from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.orchestrator.play import Place
-from ratchet.orchestrator.served import Served
+from ratchet.orchestrator.target import Target
 from ratchet.records import RolloutFailure, Sample
 
 
@@ -26,13 +26,13 @@ class Finished:
         self,
         run: Assignment,
         envs: Mapping[str, Environment],
-        served: Served,
+        target: Target,
         unsettled: Container[int],
     ) -> None:
         """Raises: Damaged."""
         config: RLConfig = run.config
         self._is_exact = config.deterministic
-        self._served = served
+        self._target = target
         self._keys = {env.label: key(run, env, envs[env.label]) for env in config.orchestrator.env}
         self._journal = Journal(run.stage)
         self._journal.restore(unsettled)
@@ -46,7 +46,7 @@ class Finished:
         if entry is None:
             return None
         is_same = entry.key == self._keys[place.env]
-        if not is_same or (self._is_exact and entry.policy != self._served.name):
+        if not is_same or (self._is_exact and entry.policy != self._target.name):
             self.mismatched += 1
             return None
         self.replayed += 1
@@ -60,7 +60,7 @@ class Finished:
                 draw=place.draw,
                 rollout=place.rollout,
                 key=self._keys[place.env],
-                policy=self._served.name,
+                policy=self._target.name,
                 sample=outcome if isinstance(outcome, Sample) else None,
                 failure=outcome if isinstance(outcome, RolloutFailure) else None,
             )

@@ -1,20 +1,23 @@
-"""The orchestrator: plays rollouts, emits batches, and keeps the server at the right policy.
+"""The orchestrator: plays rollouts, emits batches, and keeps the servers at the right policy.
 
 The scheduler decides what is drawn, this file carries it out. Who waits for whom:
 
-    group tasks    the server (Client), each other's request slots (Player)
+    group tasks    a server with room for a request (Pool)
     main loop      a finished group or evaluation, or POLL_S, after which it looks for new weights
     adoption       the end of a running evaluation, which is played by one policy alone
+    an evaluation  until all servers in use hold its policy
     a batch        its publication; rollouts go on meanwhile
 
 An exception in any task stops all others and the program: nothing is logged and ignored.
 """
 
 import asyncio
+import contextlib
 import math
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ratchet import batchlog, checkpoint, durable, heartbeat, ledger, metrics, resume, weights
@@ -33,8 +36,10 @@ from ratchet.orchestrator.client import Client
 from ratchet.orchestrator.evals import Evaluator
 from ratchet.orchestrator.finished import Finished
 from ratchet.orchestrator.play import Place, Player, Sampling
+from ratchet.orchestrator.pool import Pool, Use, use_rows
+from ratchet.orchestrator.routing import Rules as RoutingRules
 from ratchet.orchestrator.scheduler import Batch, Draw, EnvShare, Rules, Scheduler
-from ratchet.orchestrator.served import Served
+from ratchet.orchestrator.target import Target
 from ratchet.paths import RunPaths
 from ratchet.records import RolloutFailure, Sample
 from ratchet.timeline import Timeline
@@ -42,6 +47,8 @@ from ratchet.timeline import Timeline
 POLL_S = 0.02
 FENCE_CHECK_S = 1.0
 _SLOTS_UNKNOWN = 256
+# In every row; others only where they occurred.
+_FAULTS = ("retries", "reconciled", "failovers", "servers_lost", "servers_frozen")
 
 
 @dataclass
@@ -49,8 +56,8 @@ class Counts:
     """What a batch's row tells about clocks and faults, since the batch before."""
 
     since: float = field(default_factory=time.monotonic)
-    retries: int = 0
-    reconciled: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    uses: list[Use] = field(default_factory=list)
     replayed: int = 0
     mismatched: int = 0
     env_s: float = 0.0
@@ -63,27 +70,24 @@ class Orchestrator:
     def __init__(
         self,
         run: Assignment,
-        client: Client,
+        pool: Pool,
         chat: Chat,
         envs: dict[str, Environment],
         scheduler: Scheduler,
-        concurrency: int,
+        wake: asyncio.Event,
     ) -> None:
         self._run = run
         self._config: RLConfig = run.config
-        self._client = client
+        self._pool = pool
         self._envs = envs
         self._scheduler = scheduler
-        self._served = Served(client, run.paths, is_exact=self._config.deterministic)
-        self._player = Player(
-            chat, client, self._served, self._config.orchestrator.client, concurrency=concurrency
-        )
+        self._player = Player(chat, pool, replays=self._config.orchestrator.client.retries)
         self._evaluator = Evaluator(run, self._player, chat, envs)
-        self._finished = Finished(run, envs, self._served, scheduler.unsettled())
+        self._finished = Finished(run, envs, pool.target, scheduler.unsettled())
         self._owed = evals.owed(run.paths, self._config)
         self._is_evaluating = False
-        self._wake = asyncio.Event()
-        self._counts = Counts()
+        self._wake = wake
+        self._counts = Counts(uses=pool.usage())
         self._timeline = Timeline(run.stage)
         self._activity = Activity(self._timeline)
         self._fence_checked = 0.0
@@ -96,13 +100,14 @@ class Orchestrator:
         """Emit every batch and play every evaluation that is left. Cancelled, it leaves nothing half-done."""
         if self.is_done:
             return
-        await self._client.connect()
-        LOGGER.info("at batch %d, by inference at %s", self._scheduler.next_batch, self._client.base_url)
         try:
             async with asyncio.TaskGroup() as tasks:
-                keeping = tasks.create_task(self._finished.run())
+                helpers = [tasks.create_task(self._pool.run()), tasks.create_task(self._finished.run())]
+                await self._pool.connect()
+                LOGGER.info("at batch %d, by inference at %s", self._scheduler.next_batch, self._pool.urls)
                 await self._work(tasks)
-                keeping.cancel()
+                for helper in helpers:
+                    helper.cancel()
         finally:
             self._finished.write()
 
@@ -127,7 +132,7 @@ class Orchestrator:
     def _now(self) -> Now:
         scheduler = self._scheduler
         return Now(
-            policy=self._served.step,
+            policy=self._pool.step,
             batch=scheduler.next_batch,
             groups_running=scheduler.running,
             groups_ready=scheduler.ready,
@@ -146,7 +151,7 @@ class Orchestrator:
         self._wake.clear()
 
     def _start_groups(self, tasks: asyncio.TaskGroup) -> None:
-        while (draw := self._scheduler.start(self._served.step)) is not None:
+        while (draw := self._scheduler.start(self._pool.step)) is not None:
             tasks.create_task(self._play_group(draw))
 
     async def _play_group(self, draw: Draw) -> None:
@@ -192,7 +197,7 @@ class Orchestrator:
         state, unsettled = self._scheduler.state(), self._scheduler.unsettled()
         samples = credited(batch.groups, divide_by_std=self._config.orchestrator.divide_by_std)
         row = exact_row(batch, samples, self._scheduler.progress) | self._faults(samples)
-        oldest = self._served.step
+        oldest = self._pool.oldest
         self._start_groups(tasks)
         await asyncio.to_thread(self._publish, batch.step, samples, state, row, oldest)
         self._timeline.add("batch", batch.step + 1, time.perf_counter() - started)
@@ -219,8 +224,8 @@ class Orchestrator:
         """What a clock or a fault touches; and the counting starts afresh."""
         before = self._counts
         now = Counts(
-            retries=self._client.retries,
-            reconciled=self._served.reconciled,
+            faults=self._pool.faults,
+            uses=self._pool.usage(),
             replayed=self._finished.replayed,
             mismatched=self._finished.mismatched,
             env_s=self._player.env_s,
@@ -228,6 +233,9 @@ class Orchestrator:
         )
         self._counts = now
         step_s = now.since - before.since
+        faults: Counter[str] = Counter(dict.fromkeys(_FAULTS, 0))
+        faults.update(now.faults)
+        faults.subtract(before.faults)
         return {
             "time/at_s": round(time.time(), 3),
             "time/step_s": step_s,
@@ -236,14 +244,14 @@ class Orchestrator:
             "perf/groups_in_flight": self._scheduler.running,
             "perf/groups_ready": self._scheduler.ready,
             "perf/tokens_per_s": sum(sum(sample.mask) for sample in samples) / max(step_s, 1e-9),
-            "fault/retries": now.retries - before.retries,
-            "fault/reconciled": now.reconciled - before.reconciled,
+            **use_rows(before.uses, now.uses, step_s),
+            **{f"fault/{name}": count for name, count in faults.items()},
             "fault/replayed_from_journal": now.replayed - before.replayed,
             "fault/journal_mismatch": now.mismatched - before.mismatched,
         }
 
     async def _adopt_next(self, tasks: asyncio.TaskGroup) -> bool:
-        """Adopt the next policy if it is published and nothing holds the server at this one."""
+        """Adopt the next policy if it is published and nothing holds the servers at this one."""
         if self._is_evaluating:
             return False
         step = self._next_policy()
@@ -255,7 +263,7 @@ class Orchestrator:
         if policy is None:
             return False
         with self._timeline.phase("adopt", step):
-            await self._served.adopt(policy)
+            await self._pool.adopt(policy)
         if self._owed and self._owed[0] == step:
             self._is_evaluating = True
             tasks.create_task(self._evaluate(step))
@@ -277,8 +285,8 @@ class Orchestrator:
         return wanted
 
     def _wanted_policy(self) -> int | None:
-        """What sampling wants, evaluations aside; None while the server holds it."""
-        scheduler, current = self._scheduler, self._served.step
+        """What sampling wants, evaluations aside; None while the servers are given it already."""
+        scheduler, current = self._scheduler, self._pool.target.step
         if scheduler.is_complete:
             return None
         if self._config.deterministic:
@@ -296,6 +304,7 @@ class Orchestrator:
 
     async def _evaluate(self, step: int) -> None:
         assert self._config.orchestrator.eval is not None
+        await self._pool.settled()
         with self._timeline.phase("eval", step):
             await self._evaluator.play(self._config.orchestrator.eval, step)
         self._owed.remove(step)
@@ -315,6 +324,16 @@ def rules_of(config: RLConfig) -> Rules:
         max_async_level=config.max_async_level,
         max_off_policy_steps=config.max_off_policy_steps,
         deterministic=config.deterministic,
+    )
+
+
+def routing_rules(config: RLConfig) -> RoutingRules:
+    """Twice as many requests as slots keep a server busy; a group's prompt is worth one group's queue."""
+    slots = config.inference.slots if config.inference is not None else _SLOTS_UNKNOWN
+    return RoutingRules(
+        capacity=2 * slots,
+        slack=config.orchestrator.group_size,
+        slow_start_s=config.orchestrator.client.slow_start_s,
     )
 
 
@@ -357,7 +376,7 @@ def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
     return scheduler
 
 
-async def orchestrate(run: Assignment, base_url: str, *, is_own_server: bool) -> None:
+async def orchestrate(run: Assignment, base_urls: Sequence[str], *, is_own_server: bool) -> None:
     """Run one incarnation to its end. Raises: Stopped, Refusal, RatchetError, or whatever a task raised."""
     config: RLConfig = run.config
     client_config = config.orchestrator.client
@@ -367,11 +386,18 @@ async def orchestrate(run: Assignment, base_url: str, *, is_own_server: bool) ->
     chat = Chat.load(config.model.tokenizer or config.model.name)
     envs = {env.label: registry.build(env) for env in config.orchestrator.env}
     scheduler = build_scheduler(run, envs)
-    slots = config.inference.slots if config.inference is not None else _SLOTS_UNKNOWN
-    concurrency = 2 * slots
+    target, rules = Target(run.paths, is_exact=config.deterministic), routing_rules(config)
+    wake = asyncio.Event()
     heartbeat.follow_loop()
-    async with Client(base_url, client_config, concurrency=concurrency) as client:
-        orchestrator = Orchestrator(run, client, chat, envs, scheduler, concurrency)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(
+                Client(url, timeout_s=client_config.timeout_s, concurrency=rules.capacity)
+            )
+            for url in base_urls
+        ]
+        pool = Pool(clients, client_config, target, rules, on_change=wake.set)
+        orchestrator = Orchestrator(run, pool, chat, envs, scheduler, wake)
         work = asyncio.create_task(orchestrator.run())
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, work.cancel)

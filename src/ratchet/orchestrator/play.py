@@ -4,7 +4,6 @@ Nothing is ever tokenised again: the prompt of a further turn is the tokens so f
 new messages. A failure is a value with a reason, never a reward of 0.
 """
 
-import asyncio
 import math
 import time
 from collections.abc import Awaitable, Sequence
@@ -13,12 +12,11 @@ from typing import Literal, NamedTuple, TypeVar
 import msgspec
 
 from ratchet.chat import Chat
-from ratchet.config import ClientConfig
 from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript, settle
 from ratchet.errors import RatchetError
 from ratchet.log import LOGGER
-from ratchet.orchestrator.client import Client, Completion
-from ratchet.orchestrator.served import Served
+from ratchet.orchestrator.client import Completion, Request
+from ratchet.orchestrator.pool import Pool, Strange
 from ratchet.records import RolloutFailure, Sample, VersionSpan
 from ratchet.rng import derive
 
@@ -81,25 +79,17 @@ class Tokens(msgspec.Struct):
                 self.versions.append(VersionSpan(step, start + span.start, start + span.end))
 
 
-class _Strange(Exception):
-    """Tokens of weights that are not ours: whatever was sampled is discarded."""
-
-
 class Player:
-    """Plays rollouts against one server; at most `concurrency` requests are open at a time.
+    """Plays rollouts against the servers; one whose tokens are not ours is played again `replays` times at most.
 
     `running` rollouts are being played; `play_s` and `env_s` are the seconds that finished rollouts took, all
     together, and those of them that were spent in the environment's own code.
     """
 
-    def __init__(
-        self, chat: Chat, client: Client, served: Served, config: ClientConfig, *, concurrency: int
-    ) -> None:
+    def __init__(self, chat: Chat, pool: Pool, *, replays: int) -> None:
         self._chat = chat
-        self._client = client
-        self._served = served
-        self._replays = config.retries
-        self._slots = asyncio.Semaphore(concurrency)
+        self._pool = pool
+        self._replays = replays
         self._errors_seen = 0
         self.running = 0
         self.play_s = 0.0
@@ -132,24 +122,25 @@ class Player:
         self, opening: Opening, place: Place, sampling: Sampling
     ) -> Sample | RolloutFailure:
         for _ in range(self._replays + 1):
-            generation = self._served.generation
             try:
                 return await self._play_once(opening, place, sampling)
-            except _Strange:
-                await self._served.reconcile(generation)
+            except Strange:
+                continue
         raise RatchetError(
-            f"The server keeps answering with other weights than policy {self._served.step}: "
-            "another program gives it weights too; use a server of its own for each run."
+            f"Inference keeps answering with other weights than policy {self._pool.target.step}: "
+            "another program gives it weights too; use servers of their own for each run."
         )
 
     async def _play_once(self, opening: Opening, place: Place, sampling: Sampling) -> Sample | RolloutFailure:
         tokens = Tokens([], [], [], [])
         tokens.add_context(opening.token_ids)
         messages, turn = opening.messages, 0
+        group = place[:-1]
         while True:
             if self._is_too_long(tokens, sampling):
                 return RolloutFailure(TOO_LONG, f"turn {turn} does not fit the server's max_model_len")
-            answer = await self._answer(tokens, derive(sampling.seed, *place, turn), sampling)
+            seed = derive(sampling.seed, *place, turn)
+            answer = await self._answer(tokens, seed, sampling, group)
             if not answer.token_ids:
                 return RolloutFailure(EMPTY, "the answer has no tokens")
             messages = (*messages, self._message(answer))
@@ -164,22 +155,21 @@ class Player:
             messages, turn = (*messages, *result), turn + 1
 
     def _is_too_long(self, tokens: Tokens, sampling: Sampling) -> bool:
-        limit = self._client.max_model_len
+        limit = self._pool.max_model_len
         return limit is not None and len(tokens.ids) + sampling.max_tokens > limit
 
-    async def _answer(self, tokens: Tokens, seed: int, sampling: Sampling) -> Completion:
-        """Sample one answer and append it. Raises: _Strange if any token is not by a policy of ours."""
-        async with self._slots:
-            answer = await self._client.generate(
-                tokens.ids,
-                seed=seed,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                stop_token_ids=self._chat.stop_token_ids,
-            )
-        steps = self._served.steps_of(answer.versions, sampling.policy)
-        if steps is None:
-            raise _Strange
+    async def _answer(
+        self, tokens: Tokens, seed: int, sampling: Sampling, group: tuple[object, ...]
+    ) -> Completion:
+        """Sample one answer and append it. Raises: Strange if any token is not by a policy of ours."""
+        request = Request(
+            token_ids=tokens.ids,
+            seed=seed,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=self._chat.stop_token_ids,
+        )
+        answer, steps = await self._pool.generate(request, group, sampling.policy)
         tokens.add_answer(answer, steps)
         return answer
 
