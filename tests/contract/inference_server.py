@@ -160,7 +160,7 @@ class Server:
         headers = {"Content-Type": "application/json"}  # without it vLLM answers 400
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=300) as response:
                 status, text = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
@@ -204,14 +204,14 @@ class Server:
         self.post("/resume")
 
     def wait_until(self, claim):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not claim(self.info()):
             assert time.monotonic() < deadline, self.info()
             time.sleep(0.01)
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=60)
 
     def kill(self):
         self.process.kill()
