@@ -48,7 +48,7 @@ POLL_S = 0.02
 FENCE_CHECK_S = 1.0
 _SLOTS_UNKNOWN = 256
 # In every row; others only where they occurred.
-_FAULTS = ("retries", "reconciled", "failovers", "servers_lost", "servers_frozen")
+_FAULTS = ("retries", "reconciled", "failovers", "servers_lost", "servers_silent")
 
 
 @dataclass

@@ -131,8 +131,8 @@ class Server:
     def _lose(self, error: Exception) -> None:
         if self.state is not State.AWAY:
             LOGGER.warning("inference at %s does not answer (%s)", self.client.base_url, error)
-            is_frozen = isinstance(error, Torn) and error.cause == "timeout"
-            self.faults["servers_frozen" if is_frozen else "servers_lost"] += 1
+            is_silent = isinstance(error, Torn) and error.cause == "timeout"
+            self.faults["servers_silent" if is_silent else "servers_lost"] += 1
             self._become(State.AWAY)
         if self._goes_on_without(self):
             self.client.cut()
