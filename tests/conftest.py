@@ -1,5 +1,6 @@
 """Test modules share `programs.py`; every test runs in the repository's root, where the examples' paths begin."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def pytest_ignore_collect(collection_path, config):
     """Without an environment there is nothing in this file to collect, and nothing to report as skipped."""
     is_of_vllm = collection_path.name == "test_vllm.py"
     return True if is_of_vllm and config.getoption("vllm_python") is None else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a browser the tests that look at a page are not there."""
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return
+    gone = [item for item in items if item.get_closest_marker("browser")]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(autouse=True)

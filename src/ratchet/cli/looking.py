@@ -25,7 +25,7 @@ def watch(arguments: argparse.Namespace) -> int:
         console.print(screen(_look(arguments.run), console.width))
         return EXIT_OK
     try:
-        with Screen(paths, console) as live:
+        with Screen(Watcher(paths), console) as live:
             while live.draw():
                 time.sleep(DRAW_S)
     except KeyboardInterrupt:

@@ -21,7 +21,6 @@ from ratchet.metrics import Row
 from ratchet.paths import RunPaths
 from ratchet.report.curve import curve
 from ratchet.report.screen import screen
-from ratchet.report.tail import Tail
 from ratchet.report.view import Watcher
 
 DRAW_S = 0.5
@@ -36,9 +35,9 @@ def open_terminal(file: IO[str]) -> RichConsole:
 class Screen:
     """A live screen of one run on a terminal. Use as a context manager; `draw` looks at the run again."""
 
-    def __init__(self, paths: RunPaths, console: RichConsole) -> None:
+    def __init__(self, watcher: Watcher, console: RichConsole) -> None:
         self._console = console
-        self._watcher = Watcher(paths)
+        self._watcher = watcher
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=False)
 
     def __enter__(self) -> "Screen":
@@ -76,12 +75,11 @@ class Console:
         self._begins_at = begins_at
         self._log = log
         self._rich = open_terminal(sys.stderr)
-        self._tails = {role: Tail(paths.metric(role)) for role in ("trainer", "orchestrator", "evals")}
-        for tail in self._tails.values():
-            tail.look()
-        self._rewards: dict[int, float] = {}
-        self._screen = Screen(paths, self._rich) if self._rich.is_terminal else None
         self._watcher = Watcher(paths)
+        for role in ("trainer", "orchestrator", "evals"):
+            self._watcher.take(role)  # what is there already was shown by an attempt before this one
+        self._rewards: dict[int, float] = {}
+        self._screen = Screen(self._watcher, self._rich) if self._rich.is_terminal else None
         self._drawn_at = self._checked_at = 0.0
         self._said: set[str] = set()
 
@@ -106,11 +104,11 @@ class Console:
 
     def refresh(self) -> None:
         """Show what the programs have recorded since the last call."""
-        for row in self._tails["orchestrator"].look():
+        for row in self._watcher.take("orchestrator"):
             self._rewards[row["step"]] = row.get("reward/mean", float("nan"))
-        for row in self._tails["trainer"].look():
+        for row in self._watcher.take("trainer"):
             self._show_step(row)
-        for row in self._tails["evals"].look():
+        for row in self._watcher.take("evals"):
             self.say(f"eval of policy {row['step']}: {_pairs(row, 'eval/')}")
         now = time.monotonic()
         if self._screen is not None and now - self._drawn_at > DRAW_S:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ratchet import attempts, config_io, timeline
+from ratchet.attempts import Record
 from ratchet.errors import RatchetError
 from ratchet.ledger import Line
 from ratchet.metrics import Row
@@ -36,7 +37,7 @@ def run_facts(view: View, *, rollout_bytes: int) -> dict[str, Any]:
         "timeline": timeline_facts(paths),
         "ledger": ledger_facts(paths),
         "config": dict(config_io.leaves(config_io.dump(view.config))),
-        "attempts": attempt_facts(paths),
+        "attempts": attempt_facts(paths, view.record),
         "rollouts": rollouts.sample(paths, view.config, limit_bytes=rollout_bytes),
     }
 
@@ -171,12 +172,12 @@ def _last_lines(path: Path) -> list[bytes]:
     return lines[1:] if length > _LEDGER_BYTES else lines
 
 
-def attempt_facts(paths: RunPaths) -> list[dict[str, Any]]:
-    """Every attempt: what was typed, where it began, how it ended."""
+def attempt_facts(paths: RunPaths, newest: Record) -> list[dict[str, Any]]:
+    """Every attempt: what was typed, where it began, how it ended. The newest may be about to be closed."""
     found = []
     for number in attempts.numbers(paths):
         try:
-            record = attempts.read(paths, number)
+            record = newest if number == newest.attempt else attempts.read(paths, number)
         except RatchetError as error:
             found.append({"attempt": number, "problem": str(error)})
             continue

@@ -6,13 +6,14 @@ when somebody looked. Curves are smoothed over WINDOW steps; nothing is said bef
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from statistics import fmean, median
+from statistics import median
 
 import msgspec
 
 from ratchet.metrics import Row
 
 WINDOW = 5
+_USUAL = 100
 
 Curve = list[tuple[int, float]]
 """(step, value) pairs in order."""
@@ -44,7 +45,8 @@ def column(rows: Sequence[Row], name: str) -> Curve:
 def smooth(curve: Curve, window: int = WINDOW) -> Curve:
     """Trailing means of `window` values: the first is at the `window`-th step."""
     values = [value for _, value in curve]
-    return [(curve[end - 1][0], fmean(values[end - window : end])) for end in range(window, len(curve) + 1)]
+    ends = range(window, len(curve) + 1)
+    return [(curve[end - 1][0], sum(values[end - window : end]) / window) for end in ends]
 
 
 def check(trainer: Sequence[Row], orchestrator: Sequence[Row], limits: Limits) -> list[Warning]:
@@ -105,8 +107,10 @@ def _kl_blow_up(trainer: Sequence[Row], orchestrator: Sequence[Row], limits: Lim
     """The policy that trains and the one that sampled have drifted apart."""
     means = smooth(column(trainer, "policy/mismatch_kl"), 3)
     for index, (step, value) in enumerate(means):
-        usual = median(v for _, v in means[: index + 1])
-        if index >= WINDOW and value > 0.1 and value > 5 * usual:
+        if index < WINDOW or value <= 0.1:
+            continue
+        usual = median(v for _, v in means[max(0, index - _USUAL) : index])
+        if value > 5 * usual:
             yield Warning(
                 key="kl_blow_up",
                 step=step,

@@ -24,22 +24,21 @@ def screen(view: View, width: int) -> RenderableType:
     """Everything that somebody who looks in wants to know first; two columns where there is room."""
     is_wide = width >= WIDE
     room = (width // 2 - 6) if is_wide else width - 6
-    panels = [_learning(view, room), _programs(view, room), _speed(view, room), _checkpoints(view)]
-    body: list[RenderableType] = [_progress(view, width)]
-    body += _pairs(panels) if is_wide else panels
+    left, right = [_learning(view, room), _speed(view, room)], [_programs(view), _checkpoints(view)]
+    body: list[RenderableType] = [_progress(view)]
+    body += [_beside(left, right)] if is_wide else [*left, *right]
     notes = _notes(view)
     if notes:
         body.append(Panel(Group(*notes), title="[bold]to look at", title_align="left", border_style=_WARN))
     return Group(*body)
 
 
-def _pairs(panels: Sequence[RenderableType]) -> list[RenderableType]:
+def _beside(left: Sequence[RenderableType], right: Sequence[RenderableType]) -> Table:
     grid = Table.grid(expand=True)
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)
-    for left, right in zip(panels[::2], panels[1::2], strict=True):
-        grid.add_row(left, right)
-    return [grid]
+    grid.add_row(Group(*left), Group(*right))
+    return grid
 
 
 def _panel(title: str, body: RenderableType) -> Panel:
@@ -55,7 +54,7 @@ def _table(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     return table
 
 
-def _progress(view: View, width: int) -> RenderableType:
+def _progress(view: View) -> RenderableType:
     """Name, state, a bar, and when it will be done."""
     head = Table.grid(expand=True)
     head.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -108,7 +107,7 @@ def _learning(view: View, room: int) -> RenderableType:
         rows.append(("entropy", _curve(view.trainer, "policy/entropy", width, "blue")))
     rows.append(("grad norm", _curve(view.trainer, "grad_norm", width, "bright_black")))
     rate = view.last("lr")
-    rows.append(("lr", Text(f"{rate:.2e}" if rate is not None else "-", _VALUE)))
+    rows.append(("lr", Text(f"{rate:>8.2e}" if rate is not None else "-", _VALUE)))
     return _panel("learning", _table(rows))
 
 
@@ -128,7 +127,7 @@ def _curve(rows: list[Row], name: str, width: int, style: str, *, has_step: bool
     return text
 
 
-def _programs(view: View, room: int) -> RenderableType:
+def _programs(view: View) -> RenderableType:
     """Which policy each program is at, what is in flight, and who waits for whom."""
     rows: list[tuple[str, RenderableType]] = []
     policies = Text()
@@ -228,8 +227,10 @@ def _notes(view: View) -> list[RenderableType]:
 
 def seconds(value: float) -> str:
     """A duration as a person says it."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
     if value < 10:
-        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+        return f"{value:.1f} s"
     if value < 120:
         return f"{value:.0f} s"
     if value < 7200:

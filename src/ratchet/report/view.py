@@ -120,11 +120,12 @@ class View:
 
 
 class Watcher:
-    """Looks at one run again and again."""
+    """Looks at one run again and again. Verbs: look, take."""
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
         self._tails = {role: Tail(paths.metric(role)) for role in ("trainer", "orchestrator", "evals")}
+        self._fresh: dict[str, list[Row]] = {role: [] for role in self._tails}
         self._manifests: dict[int, Manifest] = {}
         self._warnings: list[Warning] = []
         self._checked = (-1, -1)
@@ -135,8 +136,7 @@ class Watcher:
         record = attempts.newest(self._paths)
         if record is None:
             return None
-        for tail in self._tails.values():
-            tail.look()
+        self._read()
         trainer, orchestrator, evals = (self._tails[r].rows for r in ("trainer", "orchestrator", "evals"))
         config = self._read_config(record)
         state = now.read(self._paths) if record.outcome is None else None
@@ -155,6 +155,16 @@ class Watcher:
             restarts=_count(restart.role for restart in record.restarts),
             config=config,
         )
+
+    def _read(self) -> None:
+        for role, tail in self._tails.items():
+            self._fresh[role] += tail.look()
+
+    def take(self, role: str) -> list[Row]:
+        """The rows of a role that came since the last call. Cheap enough for twenty times a second."""
+        self._fresh[role] += self._tails[role].look()
+        fresh, self._fresh[role] = self._fresh[role], []
+        return fresh
 
     def _read_config(self, record: Record) -> Any:
         if self._config[0] != record.attempt:

@@ -81,12 +81,11 @@ def follow(stage: Stage, sinks: list[Sink], is_asked_to_end: Callable[[], bool])
         if is_last:
             break
         time.sleep(POLL_S)
-    for sink in sinks:
-        sink.close()
+    follower.close()
 
 
 class Follower:
-    """Verbs: look, save."""
+    """Verbs: look, save, close."""
 
     def __init__(self, stage: Stage, sinks: list[Sink]) -> None:
         self._stage = stage
@@ -163,6 +162,10 @@ class Follower:
             sink.flush()
         self._stage.replace(self._path, msgspec.json.encode(self._places))
         self._is_dirty = False
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
 
 def _read(path: Path, start: int, count: int = -1) -> bytes:
