@@ -191,6 +191,7 @@ def test_the_row_of_a_batch_by_hand():
         "step": 5,
         "reward/mean": 0.75,
         "reward/std": 0.25,
+        "reward/equal_groups": 0.0,
         "reward/e/mean": 0.75,
         "env/e/m": 0.5,
         "completion/mean_length": 3.0,
