@@ -12,14 +12,11 @@ FLAGS = (
 )
 
 
-def open_browser(profile, *, scheme="light", width=1320, height=1400):
-    """`profile` is a new empty directory; `scheme` is what the reader prefers."""
+def open_browser(profile, *, width=1320, height=1400):
+    """`profile` is a new empty directory."""
     options = Options()
     options.binary_location = shutil.which("chromium")
     for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    return driver
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))

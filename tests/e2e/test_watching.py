@@ -163,23 +163,26 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     assert not (root / "report.html").exists()
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from browser import open_browser
+
+    driver = open_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture
-def browse(tmp_path):
-    """Opens a page and yields the browser."""
-    opened = []
+def browse(browser):
+    """Opens a page, for a reader who prefers light or dark."""
 
-    def open_page(path, **settings):
-        from browser import open_browser
+    def open_page(path, scheme="light"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.get(path.as_uri())
+        return browser
 
-        (tmp_path / f"profile{len(opened)}").mkdir()
-        driver = open_browser(tmp_path / f"profile{len(opened)}", **settings)
-        opened.append(driver)
-        driver.get(path.as_uri())
-        return driver
-
-    yield open_page
-    for driver in opened:
-        driver.quit()
+    return open_page
 
 
 def texts(driver, selector):
@@ -192,9 +195,13 @@ def click(driver, selector):
     element.click()
 
 
-def choose(driver, selector, value):
-    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
-    driver.execute_script(script, driver.find_element("css selector", selector), value)
+def choose(driver, selector, value, event="change"):
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event(arguments[2]))"
+    driver.execute_script(script, driver.find_element("css selector", selector), value, event)
+
+
+def write(driver, selector, text):
+    choose(driver, selector, text, event="input")
 
 
 @pytest.mark.browser
@@ -229,10 +236,10 @@ def test_the_report_in_a_browser(root, browse, tmp_path):
     towards = len(driver.find_elements("css selector", ".item"))
     assert 0 < towards < everything
     assert all(fact.startswith("advantage +") for fact in texts(driver, ".facts span") if "advantage" in fact)
-    driver.find_element("css selector", "#find").send_keys("no rollout says this")
+    write(driver, "#find", "no rollout says this")
     assert texts(driver, "#list") == ["no rollout matches"]
-    driver.find_element("css selector", "#find").clear()
-    driver.find_element("css selector", "#find").send_keys("\b")
+    write(driver, "#find", "")
+    choose(driver, "#rewards", "")
     click(driver, ".item:nth-child(2)")
     assert driver.find_element("css selector", ".item:nth-child(2)").get_attribute("class") == "item on"
     shades = driver.find_elements("css selector", ".text:not(.prompt) span")
@@ -243,7 +250,7 @@ def test_the_report_in_a_browser(root, browse, tmp_path):
         "style"
     )
 
-    driver.find_element("css selector", "#config-filter").send_keys("muon_lr")
+    write(driver, "#config-filter", "muon_lr")
     assert texts(driver, "#configs tbody tr") == ["trainer.optim.muon_lr 0.002"]
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert driver.save_screenshot(str(tmp_path / "report.png"))

@@ -47,6 +47,7 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
             tracking.start()
             _prepare_report(opened)
             code, reason = supervisor.run()
+            console.end(Outcome(code, reason))
     except BaseException as error:
         supervisor.kill()
         tracking.kill()

@@ -4,6 +4,7 @@ It reads the run directory only, so it needs nothing from the programs and canno
 the same screen without the run.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -11,11 +12,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
+import msgspec
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
 from ratchet import metrics
+from ratchet.attempts import Outcome
 from ratchet.errors import Damaged
 from ratchet.metrics import Row
 from ratchet.paths import RunPaths
@@ -49,8 +52,8 @@ class Screen:
     ) -> None:
         self._live.stop()
 
-    def draw(self) -> bool:
-        """Returns whether the run is open still."""
+    def draw(self, outcome: Outcome | None = None) -> bool:
+        """Returns whether the run is open still. `outcome` is one that is about to be recorded."""
         try:
             view = self._watcher.look()
         except Damaged as error:
@@ -59,6 +62,9 @@ class Screen:
         if view is None:
             self._live.update(Text("No attempt has begun yet."), refresh=True)
             return True
+        if outcome is not None:
+            record = msgspec.structs.replace(view.record, outcome=outcome)
+            view = dataclasses.replace(view, record=record, now=None)
         self._live.update(screen(view, self._console.width), refresh=True)
         return view.is_open
 
@@ -82,6 +88,7 @@ class Console:
         self._screen = Screen(self._watcher, self._rich) if self._rich.is_terminal else None
         self._drawn_at = self._checked_at = 0.0
         self._said: set[str] = set()
+        self._outcome: Outcome | None = None
 
     def __enter__(self) -> "Console":
         if self._screen is not None:
@@ -92,9 +99,13 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._screen is not None:
-            self._screen.draw()
+            self._screen.draw(self._outcome)
             self._screen.__exit__(kind, error, trace)
             self._screen = None
+
+    def end(self, outcome: Outcome) -> None:
+        """How the attempt ended: the last screen shows it."""
+        self._outcome = outcome
 
     def say(self, text: str) -> None:
         """One message, to the person and to the launcher's log."""
