@@ -69,7 +69,7 @@ def test_a_sparkline_spans_its_range_and_its_width():
 
 def test_figures_as_people_read_them():
     assert [seconds(s) for s in (0.0123, 4.25, 59, 3600, 86400)] == [
-        "0.012 s",
+        "12 ms",
         "4.2 s",
         "59 s",
         "60 min",
