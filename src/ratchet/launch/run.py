@@ -4,13 +4,14 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
-from ratchet import durable, metrics
+from ratchet import config_io, durable, metrics
 from ratchet.attempts import Outcome, Plan
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
@@ -20,6 +21,8 @@ from ratchet.launch.supervisor import Supervisor
 from ratchet.launch.tracking import Tracking
 from ratchet.report import page, rollouts
 from ratchet.report.console import Console
+
+TOKENIZER_TRIES = 600
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,10 +67,16 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
 def _prepare_report(opened: Attempt) -> None:
     """Read the tokenizer while the run goes on: a large one would hold up its end."""
     if opened.config.report.enabled:
-        load = threading.Thread(
-            target=rollouts.load_tokenizer, args=(opened.paths, opened.config), daemon=True
-        )
-        load.start()
+        settings = config_io.dump(opened.config)
+        threading.Thread(target=_read_tokenizer, args=(opened, settings), daemon=True).start()
+
+
+def _read_tokenizer(opened: Attempt, settings: dict[str, Any]) -> None:
+    """It may come only with the first published policy, where the model is one of a hub."""
+    for _ in range(TOKENIZER_TRIES):
+        if rollouts.load_tokenizer(opened.paths, settings) is not None:
+            return
+        time.sleep(1)
 
 
 def _write_report(console: Console, opened: Attempt, outcome: Outcome) -> None:

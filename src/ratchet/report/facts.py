@@ -36,9 +36,9 @@ def run_facts(view: View, *, rollout_bytes: int) -> dict[str, Any]:
         "marks": marks(paths),
         "timeline": timeline_facts(paths),
         "ledger": ledger_facts(paths),
-        "config": dict(config_io.leaves(config_io.dump(view.config))),
+        "config": dict(config_io.leaves(view.settings)),
         "attempts": attempt_facts(paths, view.record),
-        "rollouts": rollouts.sample(paths, view.config, limit_bytes=rollout_bytes),
+        "rollouts": rollouts.sample(paths, view.settings, limit_bytes=rollout_bytes),
     }
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from ratchet import batchlog, durable, hub
-from ratchet.errors import RatchetError
+from ratchet import batchlog, durable
 from ratchet.paths import RunPaths
 from ratchet.records import Sample
 
@@ -23,10 +22,10 @@ TOKENS = 1200
 _TOKENIZER = "tokenizer.json"
 
 
-def sample(paths: RunPaths, config: Any, *, limit_bytes: int) -> list[dict[str, Any]]:
+def sample(paths: RunPaths, settings: dict[str, Any], *, limit_bytes: int) -> list[dict[str, Any]]:
     """At most `limit_bytes` of rollouts as JSON; the newest batch is always among them."""
     steps = _spread(durable.steps(paths.batches), BATCHES)
-    pieces = Pieces(load_tokenizer(paths, config)) if steps else Pieces(None)
+    pieces = Pieces(load_tokenizer(paths, settings)) if steps else Pieces(None)
     found: list[dict[str, Any]] = []
     left = limit_bytes
     for step in reversed(steps):
@@ -83,27 +82,28 @@ def _entry(rollout: Sample, step: int, pieces: "Pieces") -> dict[str, Any]:
     }
 
 
-def load_tokenizer(paths: RunPaths, config: Any) -> Tokenizer | None:
-    """The model's own tokenizer, or the one beside a published policy; None where neither is at hand."""
-    try:
-        place = hub.snapshot(config.model.tokenizer or config.model.name, [_TOKENIZER]) / _TOKENIZER
-        if place.exists():
-            return _load(place)
-    except RatchetError:
-        pass
-    for step in reversed(durable.steps(paths.weights)):
-        place = paths.weight(step) / _TOKENIZER
-        if place.exists():
-            return _load(place)
+def load_tokenizer(paths: RunPaths, settings: dict[str, Any]) -> Tokenizer | None:
+    """That beside a published policy, or the model's own if it is a directory here: no hub is asked.
+
+    None where neither is at hand.
+    """
+    model = settings.get("model", {})
+    places = [paths.weight(step) for step in reversed(durable.steps(paths.weights))]
+    places += [Path(model[name]) for name in ("tokenizer", "name") if model.get(name)]
+    for place in places:
+        try:
+            return _load((place / _TOKENIZER).read_text())
+        except (OSError, UnicodeDecodeError):
+            continue
     return None
 
 
 @functools.lru_cache(maxsize=2)
-def _load(path: Path) -> Tokenizer | None:
+def _load(content: str) -> Tokenizer | None:
     """A large one takes most of a second: the launcher loads it while the run goes on, and needs it at the end."""
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception:
+        return Tokenizer.from_str(content)
+    except Exception:  # the library raises plain Exception; token ids are shown instead
         return None
 
 

@@ -200,7 +200,7 @@ def _checkpoints(view: View) -> RenderableType:
     if view.facts.saving is not None and view.is_open:
         rows.append(("writing", Text(f"step {view.facts.saving}", "cyan")))
     if not view.checkpoints:
-        is_asked = getattr(view.config, "ckpt", None) is not None
+        is_asked = "ckpt" in view.settings
         text = "none yet" if is_asked else "none: this run was started without --ckpt"
         rows.append(("newest", Text(text, _LABEL if is_asked else _WARN)))
         return _panel("checkpoints", _table(rows))

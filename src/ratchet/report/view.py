@@ -6,6 +6,7 @@ console, `ratchet watch`, `ratchet status` and the report all draw this one pict
 
 import itertools
 import time
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import Any
 
 from ratchet import attempts, durable, now
 from ratchet.attempts import Record
-from ratchet.config import RLConfig
-from ratchet.errors import RatchetError
+from ratchet.errors import Damaged, RatchetError
 from ratchet.metrics import Row
 from ratchet.now import Now
 from ratchet.paths import RunPaths
@@ -55,7 +55,8 @@ class View:
     facts: Facts
     now: Now | None = None
     restarts: dict[str, int] = field(default_factory=dict)
-    config: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration as it was written: also of a version that knew other keys."""
 
     @property
     def step(self) -> int:
@@ -129,7 +130,7 @@ class Watcher:
         self._manifests: dict[int, Manifest] = {}
         self._warnings: list[Warning] = []
         self._checked = (-1, -1)
-        self._config: tuple[int, Any] = (-1, None)
+        self._settings: tuple[int, dict[str, Any]] = (-1, {})
 
     def look(self) -> View | None:
         """The run as it is now; None before its first attempt was recorded. Raises: Damaged"""
@@ -138,22 +139,22 @@ class Watcher:
             return None
         self._read()
         trainer, orchestrator, evals = (self._tails[r].rows for r in ("trainer", "orchestrator", "evals"))
-        config = self._read_config(record)
+        settings = self._read_settings(record)
         state = now.read(self._paths) if record.outcome is None else None
         return View(
             root=self._paths.root,
             kind=record.kind,
             record=record,
-            max_steps=config.max_steps,
+            max_steps=settings.get("max_steps", 0),
             trainer=trainer,
             orchestrator=orchestrator,
             evals=evals,
             checkpoints=self._checkpoints(),
-            warnings=self._check(config),
-            facts=self._facts(record, config, state),
+            warnings=self._check(settings),
+            facts=self._facts(record, settings, state),
             now=state,
             restarts=_count(restart.role for restart in record.restarts),
-            config=config,
+            settings=settings,
         )
 
     def _read(self) -> None:
@@ -166,17 +167,21 @@ class Watcher:
         fresh, self._fresh[role] = self._fresh[role], []
         return fresh
 
-    def _read_config(self, record: Record) -> Any:
-        if self._config[0] != record.attempt:
-            self._config = (record.attempt, attempts.read_config(self._paths, record))
-        return self._config[1]
+    def _read_settings(self, record: Record) -> dict[str, Any]:
+        if self._settings[0] != record.attempt:
+            path = self._paths.attempt(record.attempt) / "run.toml"
+            try:
+                self._settings = (record.attempt, tomllib.loads(path.read_text()))
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+                raise Damaged(f"{path} cannot be read ({error}).") from None
+        return self._settings[1]
 
-    def _check(self, config: Any) -> list[Warning]:
+    def _check(self, settings: dict[str, Any]) -> list[Warning]:
         """The warnings, worked out anew only when there are new rows."""
         trainer, orchestrator = self._tails["trainer"].rows, self._tails["orchestrator"].rows
         newest = tuple(rows[-1]["step"] if rows else 0 for rows in (trainer, orchestrator))
-        if newest != self._checked and isinstance(config, RLConfig):
-            limits = Limits(max_off_policy_steps=config.max_off_policy_steps)
+        if newest != self._checked and orchestrator:
+            limits = Limits(max_off_policy_steps=settings.get("max_off_policy_steps", 8))
             self._warnings = health.check(trainer, orchestrator, limits)
         self._checked = newest
         return self._warnings
@@ -199,18 +204,18 @@ class Watcher:
             found.append(Saved(step, size, age, is_sound=True, attempt=manifest.attempt))
         return found
 
-    def _facts(self, record: Record, config: Any, state: Now | None) -> Facts:
+    def _facts(self, record: Record, settings: dict[str, Any], state: Now | None) -> Facts:
         paths, trainer = self._paths, self._tails["trainer"].rows
         orchestrator = self._tails["orchestrator"].rows
         staged = [path.name.rpartition("_")[2] for path in paths.staging.glob("*.trainer.*/*-checkpoint_*")]
         return Facts(
             kind=record.kind,
-            max_steps=config.max_steps,
+            max_steps=settings.get("max_steps", 0),
             trained=trainer[-1]["step"] if trainer else record.plan.step,
             logged=orchestrator[-1]["step"] if orchestrator else 0,
             published=max(durable.steps(paths.weights), default=-1),
             served=state.policy if state else -1,
-            max_async_level=getattr(config, "max_async_level", 0),
+            max_async_level=settings.get("max_async_level", 0),
             saving=max((int(step) for step in staged if step.isdigit()), default=None),
             evaluating=state.evaluating if state else None,
             in_flight=state.rollouts_running if state else 0,

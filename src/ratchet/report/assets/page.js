@@ -328,7 +328,7 @@ function drawLineage() {
     const where = a.step === 0 && !a.from_checkpoint ? "step 0" : `checkpoint ${a.step}`;
     const more = [a.rollback ? "went back" : "", a.replayed ? `${a.replayed} batches replayed` : "", a.forked_from ? `forked from ${a.forked_from.run} at ${a.forked_from.step}` : ""].filter(Boolean).join(", ");
     const said = [...a.announced.map((x) => `changed ${x}`), ...a.restarts.map((x) => `restarted ${x}`)];
-    return [String(a.attempt), [where, more ? el("div", { class: "dim" }, more) : null].filter(Boolean), [el("span", { class: a.code === 0 ? "ok" : a.code == null || a.code === 75 ? "dim" : "no" }, a.outcome === "open" ? "open, or killed" : a.outcome), ...said.map((x) => el("div", { class: "dim" }, x))], String(a.lineage), a.command];
+    return [String(a.attempt), [where, more ? el("div", { class: "dim" }, more) : null].filter(Boolean), [el("span", { class: a.code === 0 ? "ok" : a.code == null || a.code === 75 ? "dim" : "no" }, a.outcome !== "open" ? a.outcome : a.attempt < RUNS[selected].status.attempt ? "killed" : "no outcome yet"), ...said.map((x) => el("div", { class: "dim" }, x))], String(a.lineage), a.command];
   });
   document.getElementById("lineages").replaceChildren(table(["#attempt", "began at", "ended", "#lineage", "`command"], rows, "No attempt was recorded."));
 }
