@@ -162,7 +162,7 @@ class Node:
             return
         log = self.paths.attempt(attempt) / f"trainer.node{self.trainer.node_rank}.log"
         self.program = Program.start(
-            Recipe("trainer", log, threads=self.trainer.threads, ranks=ranks_of(self.trainer)),
+            Recipe("trainer", "trainer", log, threads=self.trainer.threads, ranks=ranks_of(self.trainer)),
             self.paths.root,
             attempt=attempt,
             incarnation=incarnation,
