@@ -70,8 +70,8 @@ class SlotCache(Cache):
             for row, prompt in zip(self.rows, layers, strict=True)
             for store_SKTD, states_1KLD in zip(row, prompt, strict=True)
         ]
-        torch._foreach_zero_([store_KTD for store_KTD, _ in pairs])
-        torch._foreach_copy_(
+        torch._foreach_zero_([store_KTD for store_KTD, _ in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
             [store_KTD[:, : states_KLD.shape[1]] for store_KTD, states_KLD in pairs],
             [states_KLD for _, states_KLD in pairs],
         )
