@@ -11,6 +11,7 @@ from ratchet.paths import RunPaths
 
 SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "8", "--data.batch-size", "16")
 KEEP = ("--ckpt.interval", "2")
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
@@ -41,11 +42,11 @@ class Cluster:
         return self.node(0), self.node(1, **extra)
 
     def reach(self, step, process):
-        wait_until(lambda: last_step(self.root) >= step, process=process)
+        wait_until(lambda: last_step(self.root) >= step, timeout_s=280, process=process)
 
 
 def end(process, code):
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=280)
     assert process.returncode == code, said
     return said
 
