@@ -136,6 +136,7 @@ def test_a_server_that_is_named_twice_is_refused(files):
         config_io.load(RLConfig, split(files, "--orchestrator.client.base-url", "http://a:1", "http://a:1/"))
 
 
+@pytest.mark.parametrize(
     ("trainer", "says"),
     [
         ({"nproc": 3, "parallel": {"replicate": 2}}, r"replicate 2 must divide the 3 processes"),
