@@ -91,19 +91,51 @@ def test_all_ranks_stop_at_the_same_step_and_the_same_command_continues(tmp_path
     assert run_digest(root) == run_digest(whole)
 
 
-def test_one_rank_then_two_then_one_take_the_steps_of_one(tmp_path):
-    straight, root = tmp_path / "one", tmp_path / "two"
-    exact = ("--trainer.precision", "fp32", "--trainer.optim.type", "adamw", "--trainer.optim.lr", "1e-3")
-    command = (*SFT, *exact, "--trainer.scheduler.horizon-steps", "40")
-    run("sft", *command, "--output-dir", straight, "--ckpt.interval", "2")
+FP32 = ("--trainer.precision", "fp32", "--trainer.optim.type", "adamw", "--trainer.optim.lr", "1e-3")
+EXACT = (*SFT, *FP32, "--trainer.scheduler.horizon-steps", "40")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One rank in fp32, with one micro-batch a step."""
+    root = tmp_path_factory.mktemp("alone") / "run"
+    run("sft", *EXACT, "--output-dir", root, "--ckpt.interval", "2")
+    return root
+
+
+def assert_close(root, alone):
+    """Model and optimizer after six steps."""
+    found, expected = (plain_dcp(r / "checkpoints/step_6/trainer") for r in (root, alone))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_rank_then_two_then_one_take_the_steps_of_one(alone, tmp_path):
+    root, command = tmp_path / "run", EXACT
     for nproc, steps in ((1, 2), (2, 4), (1, 6)):
         resume = ("--ckpt.resume-step", "-1", "--max-steps", str(steps), "--trainer.nproc", str(nproc))
         said = run("sft", *command, *resume, "--output-dir", root)
         assert steps == 2 or "Changed: trainer.nproc" in said
     assert [r["step"] for r in rows(root)] == list(range(1, 7))
-    one = plain_dcp(straight / "checkpoints/step_6/trainer")
-    two = plain_dcp(root / "checkpoints/step_6/trainer")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(root, alone)
     assert "trained on 1, 2 processes" in run("trainer", "--replay", root, code=2)
+
+
+def test_two_copies_of_the_model_and_other_micro_batches_take_the_steps_of_one_rank(alone, tmp_path):
+    """HSDP, with a quarter of the budget: the batch of a step and its mean over tokens are the same."""
+    layout = (
+        "--trainer.nproc",
+        "2",
+        "--trainer.parallel.replicate",
+        "2",
+        "--trainer.micro-batch-tokens",
+        "256",
+    )
+    run("sft", *EXACT, *layout, "--output-dir", tmp_path / "run", "--ckpt.interval", "2")
+    assert_close(tmp_path / "run", alone)
+    for found, expected in zip(rows(tmp_path / "run"), rows(alone), strict=True):
+        assert found.keys() == expected.keys()
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
+        assert found.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), abs=1e-5)
+        assert found == expected

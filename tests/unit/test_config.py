@@ -3,7 +3,7 @@
 import pytest
 
 from ratchet import config_io
-from ratchet.config import ClientConfig, OnResume, RLConfig, SFTConfig
+from ratchet.config import ClientConfig, OnResume, RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import Refusal
 
 TRAIN = """
@@ -134,3 +134,28 @@ def test_a_file_may_name_one_server_as_text():
 def test_a_server_that_is_named_twice_is_refused(files):
     with pytest.raises(Refusal, match="names a server twice"):
         config_io.load(RLConfig, split(files, "--orchestrator.client.base-url", "http://a:1", "http://a:1/"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"nproc": 3, "parallel": {"replicate": 2}}, r"replicate 2 must divide the 3 processes"),
+        ({"nnodes": 2, "rendezvous": "a:1", "node_rank": 2}, r"node_rank 2 must be below nnodes 2"),
+        ({"nnodes": 2, "rendezvous": "host"}, r"need rendezvous = 'HOST:PORT'"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(trainer, says):
+    with pytest.raises(ValueError, match=says):
+        TrainerConfig.model_validate(trainer)
+
+
+def test_what_is_frozen_or_adapted_may_not_change_within_a_run():
+    model = {"name": "m"}
+    old, new, lora = (
+        SFTConfig.model_validate({"model": model | more, "max_steps": 1, "data": {"name": "d"}})
+        for more in ({"freeze": ["embed"]}, {"freeze": ["embed", "norm"]}, {"lora": {"rank": 8}})
+    )
+    (change,) = config_io.changes(old, new)
+    assert (str(change), change.mark) == ("model.freeze: ['embed'] -> ['embed', 'norm']", OnResume.FIXED)
+    found = {c.key: c.mark for c in config_io.changes(old, lora)}
+    assert found["model.lora.rank"] is found["model.lora.target_modules"] is OnResume.FIXED
