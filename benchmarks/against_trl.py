@@ -163,7 +163,7 @@ def make_model(kind: str, root: Path) -> Path:
         "--max-steps",
         1,
         "--trainer.optim.lr",
-        "0",
+        "1e-9",
         "--trainer.optim.type",
         "adamw",
     )

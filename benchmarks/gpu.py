@@ -253,7 +253,8 @@ def publish(root: Path) -> None:
     trained = build(config, seed=0, device="cuda")
     served = build(config, seed=1, device="cuda", dtype=torch.bfloat16)
     paths = RunPaths(root / "run")
-    paths.staging.mkdir(parents=True)
+    for directory in (paths.staging, paths.weight(0).parent):
+        directory.mkdir(parents=True, exist_ok=True)
     stage = durable.Stage.open(paths, "benchmark")
     ratios, rates = [], []
     for step in range(3):
