@@ -185,7 +185,7 @@ class TrainerConfig(BaseConfig):
     micro_batch_tokens: Announced[Positive] = 8192
     """Upper bound for rows x padded length of one forward pass of one process; gradients accumulate over them."""
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
-    """bf16 runs matrix products under autocast; weights, gradients and optimizer stay in fp32."""
+    """bf16: the passes run on a copy of the weights in bf16; weights, sums of gradients and optimizer stay in fp32."""
     activation_checkpointing: Announced[Literal["none", "full"]] = "none"
     """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass."""
     compile: Announced[bool] = False

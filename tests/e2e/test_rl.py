@@ -188,7 +188,7 @@ def test_engine_and_trainer_agree_on_the_logprob_of_every_token(tmp_path):
         (micro,) = micro_batches([Example(s.token_ids, s.mask, s.logprobs) for s in samples], 10**6, 0, 1)
         tensors = [
             torch.from_numpy(np.ascontiguousarray(x))
-            for x in (micro.inputs_BT, micro.targets_BT, micro.mask_BT)
+            for x in (micro.inputs_BT, micro.cells_N, micro.targets_N)
         ]
         for precision in worst:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

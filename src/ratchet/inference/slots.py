@@ -8,6 +8,8 @@ Axes: S slots, H query heads, K key-value heads, G = H / K, T cache positions, L
 V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +94,9 @@ class SlotCache(Cache):
 
     def _write(self, store_SKTD: torch.Tensor, states_SK1D: torch.Tensor) -> None:
         size = store_SKTD.shape[-1]
-        store_SKTD.view(-1, size).index_copy_(
-            0, self._index_of(store_SKTD.shape[1]), states_SK1D.reshape(-1, size)
-        )
+        index, states = self._index_of(store_SKTD.shape[1]), states_SK1D.reshape(-1, size)
+        with any_order(store_SKTD.device):
+            store_SKTD.view(-1, size).index_copy_(0, index, states)
 
     def _index_of(self, heads: int) -> torch.Tensor:
         """Where (slot, head, position) lies when all rows are one long list. Same for every layer of a step."""
@@ -106,6 +108,19 @@ class SlotCache(Cache):
     def _empty(self, states_1KLD: torch.Tensor) -> torch.Tensor:
         _, heads, _, size = states_1KLD.shape
         return states_1KLD.new_zeros(self.slots, heads, self.length, size)
+
+
+@contextmanager
+def any_order(device: torch.device) -> Iterator[None]:
+    """For writes to places that differ: torch would sort them on a GPU, so that their order is fixed."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def decode_attention(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
+from ratchet.models import attention
 from ratchet.models.logprobs import Policy
 from ratchet.rng import derive
 from ratchet.trainer import loss, packing
@@ -36,6 +37,8 @@ def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
 
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
     """Shard a model and give it an optimizer and a loss."""
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+    attention.choose(model, world.device, dtype)
     policy = shard(model, config.trainer, world)
     optimizer = Optimizer(model, config.trainer.optim)
     return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed)

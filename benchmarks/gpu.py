@@ -1,0 +1,421 @@
+"""Trainer, weight update and engine on one GPU: `python benchmarks/gpu.py`, without a network, in under ten minutes.
+
+Random weights of the shape of Qwen3-0.6B. Each trainer row is one sequence a step, the optimizer's update included.
+Before it is timed, each variant runs one batch twice at learning rate 0 and must give the same bits. Published rows of
+prime-rl come from one H100 with full recompute; MFU counts causal attention once and no recompute.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ratchet import durable, weights
+from ratchet.config import ModelConfig, OptimConfig, RLConfig, RLTrainerConfig, SFTConfig, TrainerConfig
+from ratchet.inference import adoption
+from ratchet.inference.engine import Engine, Sequence
+from ratchet.inference.slots import SlotModel
+from ratchet.models import attention as own_attention
+from ratchet.models.build import build, save
+from ratchet.paths import RunPaths
+from ratchet.trainer.packing import Example
+from ratchet.trainer.publish import full_tensors
+from ratchet.trainer.source import Batch
+from ratchet.trainer.update import open_updater
+from ratchet.trainer.world import World, open_world, set_determinism
+
+TINY = Path("examples/reverse_text/model")
+SHAPE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 131072,
+}
+PARAMETERS = 596_049_920
+PEAK_FLOPS = 989e12  # bf16, dense, H100 SXM and H200
+PRIME_RL = {  # tokens/s and GiB
+    ("sft", 8192): (26.0e3, 31.7),
+    ("sft", 16384): (25.5e3, 52.8),
+    ("rl", 16384): (11.9e3, 12.5),
+    ("rl", 65536): (10.1e3, 19.6),
+}
+
+
+def say(name: str, value: object) -> None:
+    sys.stdout.write(f"{name:68} {value}\n")
+    sys.stdout.flush()
+
+
+def flops_of(tokens: int) -> float:
+    """Of one forward and backward pass over one sequence."""
+    attention = 3 * 2 * tokens**2 * SHAPE["num_attention_heads"] * SHAPE["head_dim"]
+    return 6 * PARAMETERS * tokens + attention * SHAPE["num_hidden_layers"]
+
+
+def write_model(directory: Path) -> None:
+    """A config of the wanted shape with the example's tokenizer."""
+    shutil.copytree(TINY, directory)
+    config = json.loads((directory / "config.json").read_text()) | SHAPE
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median wall time on an idle GPU, after one run that is not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def profile(function: Callable[[], object], rows: int = 22) -> None:
+    """Which kernels the time goes to."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        function()
+        torch.cuda.synchronize()
+    kernels = [
+        e for e in recorded.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"
+    ]
+    total = sum(e.self_device_time_total for e in kernels)
+    sys.stdout.write(f"  {total / 1e3:.1f} ms of kernels\n")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
+        sys.stdout.write(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:5} x {e.key[:96]}\n")
+
+
+# -- trainer ------------------------------------------------------------------------------------------------
+
+
+def settings(kind: str, model: Path, tokens: int, recompute: bool, compiled: bool) -> SFTConfig | RLConfig:
+    own: dict[str, Any] = {
+        "micro_batch_tokens": tokens,
+        "activation_checkpointing": "full" if recompute else "none",
+        "compile": compiled,
+        "optim": OptimConfig(lr=1e-5),
+    }
+    shape = {"name": str(model), "random_init": True, "attention": "sdpa"}
+    shared: dict[str, Any] = {"output_dir": "unused", "max_steps": 10, "model": ModelConfig(**shape)}
+    if kind == "sft":
+        return SFTConfig(**shared, data={"name": "unused"}, trainer=TrainerConfig(**own))  # pyright: ignore
+    orchestrator = {"env": [{"id": "reverse_text", "args": {"data": "unused"}}]}
+    return RLConfig(**shared, trainer=RLTrainerConfig(**own), orchestrator=orchestrator)  # pyright: ignore
+
+
+def batch_of(tokens: int) -> Batch:
+    """One sequence: every token is trained."""
+    ids = np.random.default_rng(0).integers(2, SHAPE["vocab_size"], tokens + 1).tolist()
+    return Batch([Example(ids, [True] * len(ids), [-12.0] * len(ids), 0.5)])
+
+
+def trainer_row(
+    kind: str, tokens: int, recompute: bool, compiled: bool, root: Path, world: World, *, is_profiled: bool
+) -> None:
+    name = (
+        f"{kind} {tokens}, recompute {'full' if recompute else 'none'}, {'compiled' if compiled else 'eager'}"
+    )
+    clear()
+    try:
+        config = settings(kind, root / "model", tokens, recompute, compiled)
+        updater = open_updater(build(config.model, seed=0), config, world)
+        batch = batch_of(tokens)
+        first, second = (updater.update(batch, 0, 0.0) for _ in range(2))
+        step = seconds(lambda: updater.update(batch, 1, 1.0), 5)
+    except torch.OutOfMemoryError:
+        say(name, "out of memory")
+        return
+    rate, mfu = tokens / step, flops_of(tokens) / step / PEAK_FLOPS
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    peer_rate, peer_peak = PRIME_RL[kind, tokens]
+    repeats = "bits repeat" if first == second else "BITS DO NOT REPEAT"
+    say(
+        name,
+        f"{rate:8,.0f} tok/s ({rate / peer_rate:.2f}x prime-rl) MFU {mfu:.1%}, peak {peak:.1f} GiB "
+        f"(prime-rl {peer_peak}), {repeats}",
+    )
+    if is_profiled:
+        profile(lambda: updater.update(batch, 1, 1.0))
+
+
+def trainer(root: Path, world: World, compiled: list[bool], points: list[str], *, is_profiled: bool) -> None:
+    for kind, tokens in (("sft", 8192), ("sft", 16384), ("rl", 16384), ("rl", 65536)):
+        if points and f"{kind}{tokens}" not in points:
+            continue
+        fits = tokens < 40_000  # activations of 65 536 tokens do not, without recompute
+        for is_compiled in compiled:
+            if fits:
+                trainer_row(kind, tokens, False, is_compiled, root, world, is_profiled=is_profiled)
+            if not (is_compiled and fits):
+                trainer_row(kind, tokens, True, is_compiled, root, world, is_profiled=is_profiled)
+
+
+# -- what attention allows ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+def attention() -> None:
+    """Attention of one layer, forward and backward, by kernel: most of the work of a long sequence."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads, groups, size = (SHAPE[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    for tokens in (8192, 65536):
+        flex_row(tokens)
+        shapes = [(1, n, tokens, size) for n in (heads, groups, groups)]
+        q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        flops = 2 * tokens**2 * heads * size
+        for backend, is_deterministic in (
+            (SDPBackend.FLASH_ATTENTION, True),
+            (SDPBackend.FLASH_ATTENTION, False),
+            (SDPBackend.CUDNN_ATTENTION, False),
+            (SDPBackend.CUDNN_ATTENTION, True),
+        ):
+            name = f"attention {tokens}, {backend.name.lower()}, deterministic {is_deterministic}"
+            forward = functools.partial(
+                F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True
+            )
+            both_passes = functools.partial(lambda run: run().sum().backward(), forward)
+            try:
+                with deterministic(is_deterministic), sdpa_kernel(backend):
+                    ahead, both = seconds(forward, 5), seconds(both_passes, 5)
+            except RuntimeError as error:
+                say(name, f"refused: {str(error).splitlines()[0][:60]}")
+                continue
+            back = both - ahead
+            say(
+                name,
+                f"forward {flops / ahead / 1e12:.0f}, backward {2.5 * flops / back / 1e12:.0f} TFLOP/s, "
+                f"28 layers {28e3 * both:.0f} ms",
+            )
+
+
+def flex_row(tokens: int) -> None:
+    """What training uses: `ratchet.models.attention`."""
+    heads, groups, size = (SHAPE[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    shapes = [(1, n, tokens, size) for n in (heads, groups, groups)]
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    flops = 2 * tokens**2 * heads * size
+    module = torch.nn.Module()
+
+    def forward() -> torch.Tensor:
+        return own_attention.attention(module, q, k, v, None)[0]
+
+    ahead, both = seconds(forward, 5), seconds(lambda: forward().sum().backward(), 5)
+    say(
+        f"attention {tokens}, ours (flex), deterministic True",
+        f"forward {flops / ahead / 1e12:.0f}, backward {2.5 * flops / (both - ahead) / 1e12:.0f} TFLOP/s, "
+        f"28 layers {28e3 * both:.0f} ms",
+    )
+
+
+# -- weights ------------------------------------------------------------------------------------------------
+
+
+def publish(root: Path) -> None:
+    """From the trainer's tensors to a policy that the server computes with, against the same bytes moved plainly."""
+    config = ModelConfig(name=str(root / "model"), random_init=True)
+    trained = build(config, seed=0, device="cuda")
+    served = build(config, seed=1, device="cuda", dtype=torch.bfloat16)
+    paths = RunPaths(root / "run")
+    for directory in (paths.staging, paths.weight(0).parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    stage = durable.Stage.open(paths, "benchmark")
+    ratios, rates = [], []
+    for step in range(3):
+        started = time.perf_counter()
+        tensors = full_tensors(trained)
+        directory = stage.begin(f"weights_{step}")
+        save(directory, tensors, config)
+        durable.payload_digest(durable.seal(directory))
+        weights.commit(stage, directory, step=step, attempt=1)
+        published = time.perf_counter()
+        read = adoption.read(paths.weight(step), adoption.architecture(served.config))
+        adoption.copier(served, read)()
+        torch.cuda.synchronize()
+        adopted = time.perf_counter()
+        plain = plain_move(tensors, root / "plain")
+        ratios.append((adopted - started) / plain)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        rates.append((size / 1e9, published - started, adopted - published, plain))
+        del read, tensors
+    size, out, back, plain = rates[-1]
+    say(
+        "publish -> adopted against device -> file + fsync -> device",
+        f"{statistics.median(ratios):.2f}x (goal 1.5x)",
+    )
+    say(f"  last of three: {size:.1f} GB", f"publish {out:.2f} s, adopt {back:.2f} s, plain {plain:.2f} s")
+
+
+def plain_move(tensors: dict[str, torch.Tensor], path: Path) -> float:
+    """Device to host, one raw write with fsync, read, host to device: of the same bytes."""
+    here = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()]).cuda()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    data = here.cpu().numpy()
+    with path.open("wb") as file:
+        file.write(memoryview(data))
+        file.flush()
+        os.fsync(file.fileno())
+    torch.from_numpy(np.fromfile(path, dtype=np.uint8)).cuda()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# -- engine -------------------------------------------------------------------------------------------------
+
+
+def prompts_of(count: int, group: int, length: int) -> list[list[int]]:
+    chance = np.random.default_rng(1)
+    return [p for _ in range(count // group) for p in [chance.integers(2, 60, length).tolist()] * group]
+
+
+def engine(root: Path, *, is_profiled: bool) -> None:
+    """Tokens a second of 256 rollouts over 128 slots, against eager and against HF `generate`."""
+    model = build(
+        ModelConfig(name=str(root / "model"), random_init=True), seed=0, device="cuda", dtype=torch.bfloat16
+    )
+    lengths = np.random.default_rng(2).integers(16, 257, 256).tolist()
+
+    def play(slot_model: SlotModel, limit: int) -> tuple[float, list[Any]]:
+        runner = Engine(slot_model, lambda ids: "")
+        wanted = [
+            Sequence(prompt, min(limit, length), 1.0, seed)
+            for seed, (prompt, length) in enumerate(zip(prompts_of(256, 16, 100), lengths, strict=True))
+        ]
+        for sequence in wanted:
+            runner.submit(sequence)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        runner.run()
+        return runner.tokens_sampled / (time.perf_counter() - started), [
+            (s.token_ids, s.logprobs) for s in wanted
+        ]
+
+    recorded = SlotModel(model, 128, 512)
+    play(recorded, 256)
+    rate, _ = play(recorded, 256)
+    _, short = play(recorded, 24)
+    plain = SlotModel(model, 128, 512)
+    plain._graphs._is_broken = True  # the same code without recording
+    eager_rate, eager_short = play(plain, 24)
+    say("engine, 128 slots, 256 rollouts of 16-256 tokens", f"{rate:,.0f} tok/s")
+    say("  without graphs (24 tokens at most)", f"{eager_rate:,.0f} tok/s")
+    same = [a == b for a, b in zip(short, eager_short, strict=True)]
+    say("  results equal to those without graphs, bit for bit", f"{sum(same)} of {len(same)}")
+    bare_decode(recorded, is_profiled=is_profiled)
+    hf_generate(model, lengths)
+
+
+def bare_decode(slot_model: SlotModel, *, is_profiled: bool) -> None:
+    """One decode step alone, against reading the weights once."""
+    inputs = [
+        torch.ones(128, dtype=torch.int64),
+        torch.full((128,), 200),
+        torch.ones(128).double(),
+        torch.rand(128).double(),
+    ]
+    step = seconds(lambda: slot_model.sample(*inputs), 20)
+    if is_profiled:
+        profile(lambda: slot_model.sample(*inputs))
+    store = torch.empty(PARAMETERS, dtype=torch.bfloat16, device="cuda")
+    read = seconds(lambda: store.view(torch.int64).sum(), 20)
+    say(
+        "  one decode step, 128 slots, span 256",
+        f"{1e3 * step:.2f} ms; reading the weights once {1e3 * read:.2f} ms",
+    )
+
+
+def hf_generate(model: Any, lengths: list[int]) -> None:
+    """The same rollouts in two batches of 128, each as long as its longest."""
+    model.set_attn_implementation("sdpa")
+    prompts = torch.tensor(prompts_of(256, 16, 100), device="cuda")
+    torch.use_deterministic_algorithms(False)
+    total, spent = 0, 0.0
+    for part, some in ((prompts[:128], lengths[:128]), (prompts[128:], lengths[128:])):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        model.generate(
+            part,
+            attention_mask=torch.ones_like(part),
+            max_new_tokens=max(some),
+            min_new_tokens=max(some),
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+        )
+        torch.cuda.synchronize()
+        spent += time.perf_counter() - started
+        total += sum(some)
+    torch.use_deterministic_algorithms(True)
+    say("  HF generate, same rollouts, useful tokens", f"{total / spent:,.0f} tok/s")
+
+
+PARTS = ("attention", "trainer", "publish", "engine")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--compiled", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--points", nargs="+", default=[], help="such as sft8192; by default all four")
+    parser.add_argument("--profile", action="store_true", help="also say which kernels the time goes to")
+    parser.add_argument("--root", type=Path, help="on the disk to measure; by default a temporary directory")
+    arguments = parser.parse_args()
+    say("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    set_determinism(8)
+    world = open_world("cuda")
+    compiled = {"no": [False], "yes": [True], "both": [False, True]}[arguments.compiled]
+    with tempfile.TemporaryDirectory(dir=arguments.root) as root:
+        write_model(Path(root) / "model")
+        if "engine" in arguments.only:
+            engine(Path(root), is_profiled=arguments.profile)
+        clear()
+        if "publish" in arguments.only:
+            publish(Path(root))
+        clear()
+        if "attention" in arguments.only:
+            attention()
+        if "trainer" in arguments.only:
+            trainer(Path(root), world, compiled, arguments.points, is_profiled=arguments.profile)
+
+
+if __name__ == "__main__":
+    main()
