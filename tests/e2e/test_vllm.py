@@ -31,8 +31,8 @@ pytestmark = pytest.mark.timeout(3600)
 MODEL = "examples/reverse_text/model"
 SMALL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", MODEL, "--model.random-init"),
-    *("--max-steps", "20", "--ckpt.interval", "2", "--orchestrator.batch-size", "16"),
-    *("--orchestrator.group-size", "4", "--orchestrator.sampling.max-tokens", "6"),
+    *("--ckpt.interval", "2", "--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
+    *("--orchestrator.sampling.max-tokens", "6", "--launch.frozen-s", "20"),
     *("--orchestrator.eval.tasks", "8", "--orchestrator.eval.interval", "10"),
 )
 START_S = 900.0
@@ -78,7 +78,7 @@ def restarts(root):
 
 def test_a_server_that_dies_or_freezes_is_replaced_alone_and_a_dead_run_continues(vllm, tmp_path):
     root = tmp_path / "run"
-    command = (*SMALL, *vllm, "--output-dir", root, "--launch.frozen-s", "20")
+    command = (*SMALL, *vllm, "--max-steps", "20", "--output-dir", root)
     process = start("rl", *command)
     wait_until(lambda: last_step(root) >= 2, START_S, process)
     server, under = server_of(root)
