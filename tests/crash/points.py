@@ -155,6 +155,12 @@ ROWS = [
         "carries the plan out first: the rest is moved",
         (ROLLBACK,),
     ),
+    Point(
+        "replace.state.json.before_rename",
+        "rows in the trackers; how far they were copied not noted yet",
+        "copies them again, and the later copy counts",
+        (),
+    ),
 ]
 
 REPLACED = {
@@ -163,6 +169,7 @@ REPLACED = {
     "launch/opening.py _carry_out": {"run.toml"},
     "ledger.py restore": {"ledger.jsonl"},
     "metrics.py rewind": {"trainer.jsonl", "orchestrator.jsonl", "evals.jsonl"},
+    "report/tracker/follow.py save": {"state.json"},
     "resume.py _rewind": {"trainer.jsonl", "orchestrator.jsonl", "evals.jsonl"},
 }
 """Who puts a file in place of its older version, and which: the names that `replace.{path.name}` stands for."""

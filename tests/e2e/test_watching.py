@@ -163,6 +163,17 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     assert not (root / "report.html").exists()
 
 
+def test_a_tracker_that_dies_before_it_noted_how_far_it_came_draws_no_point_twice(tmp_path):
+    root, small = tmp_path / "run", ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "8")
+    at = "replace.state.json.before_rename:1"
+    said = run("sft", *small, "--max-steps", "2", "--ckpt", "--output-dir", root, RATCHET_CRASH_AT=at)
+    assert "The tracker ended with exit code -9" in said
+    run("sft", *small, "--max-steps", "4", "--ckpt.resume-step", "-1", "--output-dir", root)
+    events = EventAccumulator(str(root / "trackers" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("trainer/loss")] == [1, 2, 3, 4]
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     from browser import open_browser
