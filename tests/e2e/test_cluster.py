@@ -184,6 +184,7 @@ def kill_server(server):
     server.stderr.close()
 
 
+@pytest.mark.campaign
 def test_uploads_to_s3_that_are_killed_inside_are_not_believed(s3, tmp_path):
     root = tmp_path / "run"
     command = (*SFT, "--launch.max-restarts", "0", "--ckpt.mirror", "s3://bucket/run", "--output-dir", root)

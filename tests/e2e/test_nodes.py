@@ -51,6 +51,7 @@ def end(process, code):
     return said
 
 
+@pytest.mark.campaign
 def test_two_nodes_take_the_steps_of_two_ranks_also_when_one_is_killed(calm, tmp_path, address):
     cluster = Cluster(tmp_path / "run", address)
     first, second = cluster.both()

@@ -80,6 +80,7 @@ def test_a_death_of_each_role_on_the_way_forward_changes_nothing(calm, tmp_path)
     finish(root, (), calm)
 
 
+@pytest.mark.campaign
 def test_a_death_of_each_role_on_the_way_back_changes_nothing(calm, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(calm, root)

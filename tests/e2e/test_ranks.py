@@ -42,7 +42,7 @@ def ranks(root):
     return {rank_of(pid): pid for pid in processes_of(root, "trainer")}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.campaign), 1])
 def test_a_rank_that_dies_is_replaced_with_its_siblings(calm, tmp_path, rank):
     root = tmp_path / "run"
     process = start("sft", *SFT, *TWO, "--output-dir", root)
@@ -54,6 +54,7 @@ def test_a_rank_that_dies_is_replaced_with_its_siblings(calm, tmp_path, rank):
     assert run_digest(root) == run_digest(calm)
 
 
+@pytest.mark.campaign
 def test_a_rank_that_freezes_is_noticed_while_the_other_waits_for_it(calm, tmp_path):
     root = tmp_path / "run"
     process = start("sft", *SFT, *TWO, "--output-dir", root, "--launch.frozen-s", "4")
@@ -67,7 +68,7 @@ def test_a_rank_that_freezes_is_noticed_while_the_other_waits_for_it(calm, tmp_p
     assert run_digest(root) == run_digest(calm)
 
 
-@pytest.mark.parametrize("mode", [(), ("--ckpt.save-async",)])
+@pytest.mark.parametrize("mode", [pytest.param((), marks=pytest.mark.campaign), ("--ckpt.save-async",)])
 def test_killed_inside_a_save_two_ranks_end_with_the_same_bits(calm, tmp_path, mode):
     command = (*SFT, *TWO, *mode, "--launch.max-restarts", "0", "--output-dir", tmp_path / "run")
     run("sft", *command, code=1, RATCHET_CRASH_AT="checkpoint.after_shards:2")
@@ -77,6 +78,7 @@ def test_killed_inside_a_save_two_ranks_end_with_the_same_bits(calm, tmp_path, m
     assert "0 different" in run("trainer", "--replay", tmp_path / "run")
 
 
+@pytest.mark.campaign
 def test_all_ranks_stop_at_the_same_step_and_the_same_command_continues(tmp_path):
     root, whole = tmp_path / "run", tmp_path / "whole"
     two = ("--trainer.nproc", "2", "--ckpt")

@@ -117,6 +117,7 @@ def test_a_trainer_without_a_checkpoint_cannot_be_replaced_alone(tmp_path):
     assert "it cannot continue alone: No checkpoint was made and the first batches are gone" in output
 
 
+@pytest.mark.campaign
 def test_an_sft_trainer_is_replaced_inside_a_save(calm_sft, tmp_path):
     root = tmp_path / "run"
     process = start("sft", *SFT, "--output-dir", root, "--ckpt.interval", "2")

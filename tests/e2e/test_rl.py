@@ -381,6 +381,7 @@ def test_the_programs_alone_play_the_last_evaluation_too(server, tmp_path):
     assert list(committed(tmp_path / "run" / "evals")) == [0, 3]
 
 
+@pytest.mark.campaign
 def test_a_stored_policy_that_must_sample_and_is_gone_is_named(tmp_path):
     command = (*ALONE, "--deterministic", "--output-dir", tmp_path, "--launch.max-restarts", "0")
     run("rl", *command, "--max-steps", "4", "--ckpt.interval", "2")

@@ -114,6 +114,7 @@ def test_a_read_only_run_directory_is_refused_before_anything_starts(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.campaign
 def test_a_second_launcher_on_one_directory_is_refused_and_disturbs_nothing(tmp_path):
     command = (*EXAMPLE, "--output-dir", tmp_path, "--ckpt.interval", "3")
     process = start("sft", *command)
