@@ -32,7 +32,7 @@ class TensorboardSink:
 
     def begin(self, step: int) -> None:
         self.close()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)  # not its parents: the run directory may be gone
         old = sorted(self._directory.glob(f"{_PREFIX}*"))
         number = int(old[-1].name.removeprefix(_PREFIX)) + 1 if old else 1
         self._file = (self._directory / f"{_PREFIX}{number:010d}").open("wb")

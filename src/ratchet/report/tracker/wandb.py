@@ -21,7 +21,8 @@ class WandbSink:
         """Raises: ImportError if the package is missing."""
         wandb: Any = importlib.import_module("wandb")
         directory = run.paths.trackers / "wandb"
-        directory.mkdir(parents=True, exist_ok=True)
+        for folder in (directory.parent, directory):
+            folder.mkdir(exist_ok=True)
         name = run.paths.root.name
         self._run = wandb.init(
             project=project,
