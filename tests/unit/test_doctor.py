@@ -88,7 +88,7 @@ server:/data /data nfs4 rw 0 0
 @pytest.mark.parametrize(
     ("place", "kind"),
     [
-        ("/home/x", "ext4"),
+        ("/mnt/x", "ext4"),
         ("/run", "tmpfs"),
         ("/running", "ext4"),
         ("/data/x", "nfs4"),
