@@ -40,7 +40,7 @@ RL = (
     *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
     *("--orchestrator.sampling.max-tokens", "6", "--max-steps", "16"),
 )
-SFT = ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "16")
+SFT = ("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", "--data.batch-size", "16")
 KEEP = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
 ASYNC = ("--ckpt.interval", "3", "--ckpt.save-async")
 BOTH = ("--ckpt.interval", "2", "--ckpt.keep-last", "2", "--ckpt.save-async")

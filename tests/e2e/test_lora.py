@@ -13,7 +13,17 @@ LORA = (
     *("--model.lora.rank", "4", "--model.lora.dropout", "0.1"),
     *("--model.lora.target-modules", '["q_proj", "v_proj", "up_proj"]'),
 )
-SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "6", "--data.batch-size", "16", *LORA)
+SFT = (
+    "@",
+    "examples/reverse_text/sft.toml",
+    "--trainer.threads",
+    "1",
+    "--max-steps",
+    "6",
+    "--data.batch-size",
+    "16",
+    *LORA,
+)
 RL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model", *LORA),
     *("--model.random-init", "--inference.slots", "16", "--deterministic", "--max-steps", "6"),

@@ -9,7 +9,16 @@ from programs import kill, last_step, outcome, processes_of, run, run_digest, st
 from ratchet import attempts, durable
 from ratchet.paths import RunPaths
 
-SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "8", "--data.batch-size", "16")
+SFT = (
+    "@",
+    "examples/reverse_text/sft.toml",
+    "--trainer.threads",
+    "1",
+    "--max-steps",
+    "8",
+    "--data.batch-size",
+    "16",
+)
 KEEP = ("--ckpt.interval", "2")
 pytestmark = pytest.mark.timeout(900)
 

@@ -11,7 +11,16 @@ from programs import last_step, processes_of, rows, run, run_digest, start, wait
 from ratchet import attempts, durable
 from ratchet.paths import RunPaths
 
-SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "6", "--data.batch-size", "16")
+SFT = (
+    "@",
+    "examples/reverse_text/sft.toml",
+    "--trainer.threads",
+    "1",
+    "--max-steps",
+    "6",
+    "--data.batch-size",
+    "16",
+)
 TWO = ("--trainer.nproc", "2", "--ckpt.interval", "2")
 RL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),

@@ -28,7 +28,16 @@ SMALL = (
     *("--orchestrator.sampling.max-tokens", "6", "--orchestrator.eval.tasks", "8"),
     *("--orchestrator.eval.interval", "4", "--ckpt.interval", "3"),
 )
-SFT = ("@", "examples/reverse_text/sft.toml", "--max-steps", "6", "--data.batch-size", "16")
+SFT = (
+    "@",
+    "examples/reverse_text/sft.toml",
+    "--trainer.threads",
+    "1",
+    "--max-steps",
+    "6",
+    "--data.batch-size",
+    "16",
+)
 
 
 @pytest.fixture(scope="module")

@@ -157,14 +157,19 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     root.mkdir()
     (root / "trackers").write_text("in the way")
     flags = ("--max-steps", "2", "--data.batch-size", "8", "--report.enabled", "false")
-    said = run("sft", "@", "examples/reverse_text/sft.toml", *flags, "--output-dir", root)
+    said = run(
+        "sft", "@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", *flags, "--output-dir", root
+    )
     assert "The tracker ended with exit code" in said
     assert last_step(root) == 2
     assert not (root / "report.html").exists()
 
 
 def test_a_tracker_that_dies_before_it_noted_how_far_it_came_draws_no_point_twice(tmp_path):
-    root, small = tmp_path / "run", ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "8")
+    root, small = (
+        tmp_path / "run",
+        ("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", "--data.batch-size", "8"),
+    )
     at = "replace.state.json.before_rename:1"
     said = run("sft", *small, "--max-steps", "2", "--ckpt", "--output-dir", root, RATCHET_CRASH_AT=at)
     assert "The tracker ended with exit code -9" in said

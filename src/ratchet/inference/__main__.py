@@ -57,7 +57,8 @@ def _serve(
         become(config, listener.fileno(), stage.directory if stage is not None else None)
     # Read by cuBLAS when it starts, so before torch is imported.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    from ratchet.inference.serving import serve_on
+    with process.imports():
+        from ratchet.inference.serving import serve_on
 
     if stage is not None:
         heartbeat.start(stage)

@@ -22,7 +22,8 @@ def main() -> int:
     run = attempts.join(arguments.run, arguments.attempt, "orchestrator", arguments.incarnation)
     config: RLConfig = run.config
     log.setup("orchestrator", config.log.level)
-    from ratchet.orchestrator.loop import orchestrate
+    with process.imports():
+        from ratchet.orchestrator.loop import orchestrate
 
     heartbeat.start(run.stage)
     asyncio.run(orchestrate(run, arguments.base_url, is_own_server=arguments.own_server))

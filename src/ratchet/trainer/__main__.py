@@ -24,8 +24,9 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation))
     log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
-    from ratchet.trainer.loop import Trainer
-    from ratchet.trainer.world import open_world, set_determinism
+    with process.imports():
+        from ratchet.trainer.loop import Trainer
+        from ratchet.trainer.world import open_world, set_determinism
 
     heartbeat.start(assignment.stage, rank)
     trainer = assignment.config.trainer

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ratchet.config import OptimConfig
+from ratchet.trainer.muon import Muon
 
 # What each kind keeps for one parameter, besides AdamW's step count, which is stored as JSON.
 _STATE_NAMES = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
@@ -99,12 +100,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _muon(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Source: Muon is scalable for LLM training, arXiv:2502.16982 (update scaled by 0.2 * sqrt(max dim))"""
-    return torch.optim.Muon(
-        parameters,
-        lr=config.muon_lr,
-        momentum=config.muon_momentum,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+def _muon(parameters: list[nn.Parameter], config: OptimConfig) -> Muon:
+    return Muon(
+        parameters, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
     )
