@@ -71,10 +71,15 @@ def read_policy(paths: RunPaths, step: int, *, run_id: str, lineage: int) -> Pol
     return None if manifest is None else Policy(run_id, lineage, step, digest(manifest))
 
 
+def is_published(paths: RunPaths, step: int) -> bool:
+    """Whether policy `step` is there, whole; its hashes are not read."""
+    return (paths.weight(step) / durable.MANIFEST).exists()
+
+
 def newest(paths: RunPaths, *, above: int) -> int | None:
     """The newest published step above `above`: steps are published one after the other."""
     step = above
-    while (paths.weight(step + 1) / durable.MANIFEST).exists():
+    while is_published(paths, step + 1):
         step += 1
     return step if step > above else None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet import durable, metrics
+from ratchet import durable, metrics, weights
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import EvalConfig, RLConfig
@@ -50,6 +50,15 @@ def owed(paths: RunPaths, config: RLConfig) -> list[int]:
         return []
     due = [step for step in range(config.max_steps + 1) if is_due(plan, step, config.max_steps)]
     return [step for step in due if durable.read_committed(paths.eval(step)) is None]
+
+
+def is_gone(paths: RunPaths, step: int) -> bool:
+    """Whether policy `step` was published, or passed over, and is not there any more.
+
+    The trainer publishes beside us, so what is listed is listed first: a policy that comes in between is there.
+    """
+    listed = durable.steps(paths.weights)
+    return any(other > step for other in listed) and not weights.is_published(paths, step)
 
 
 def mean_metrics(rollouts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -40,7 +40,6 @@ from ratchet.orchestrator.pool import Pool, Use, use_rows
 from ratchet.orchestrator.routing import Rules as RoutingRules
 from ratchet.orchestrator.scheduler import Batch, Draw, EnvShare, Rules, Scheduler
 from ratchet.orchestrator.target import Target
-from ratchet.paths import RunPaths
 from ratchet.records import RolloutFailure, Sample
 from ratchet.timeline import Timeline
 
@@ -276,10 +275,8 @@ class Orchestrator:
             return None
         while self._owed and (wanted is None or self._owed[0] <= wanted):
             step = self._owed[0]
-            if _is_published(self._run.paths, step):
-                return step
-            if all(other < step for other in durable.steps(self._run.paths.weights)):
-                return None  # not trained yet
+            if not evals.is_gone(self._run.paths, step):
+                return step if weights.is_published(self._run.paths, step) else None
             LOGGER.warning("policy %d is gone, so it cannot be evaluated any more", step)
             self._owed.pop(0)
         return wanted
@@ -291,7 +288,7 @@ class Orchestrator:
             return None
         if self._config.deterministic:
             required = rules_of(self._config).required_policy(scheduler.next_batch)
-            if required < self._run.plan.step and not _is_published(self._run.paths, required):
+            if required < self._run.plan.step and not weights.is_published(self._run.paths, required):
                 raise RatchetError(
                     f"Policy {required}, which alone may sample batch {scheduler.next_batch}, is gone, and the "
                     f"trainer begins at {self._run.plan.step}: resume from another checkpoint (`ckpt ls` lists them)."
@@ -300,7 +297,7 @@ class Orchestrator:
         if current >= 0:
             return weights.newest(self._run.paths, above=current)
         listed = [s for s in durable.steps(self._run.paths.weights) if s <= scheduler.next_batch]
-        return max((s for s in listed if _is_published(self._run.paths, s)), default=None)
+        return max((s for s in listed if weights.is_published(self._run.paths, s)), default=None)
 
     async def _evaluate(self, step: int) -> None:
         assert self._config.orchestrator.eval is not None
@@ -310,10 +307,6 @@ class Orchestrator:
         self._owed.remove(step)
         self._is_evaluating = False
         self._wake.set()
-
-
-def _is_published(paths: RunPaths, step: int) -> bool:
-    return (paths.weight(step) / durable.MANIFEST).exists()
 
 
 def rules_of(config: RLConfig) -> Rules:
