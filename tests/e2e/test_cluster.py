@@ -72,6 +72,7 @@ def check_the_end(process, root, calm):
     assert "clean" in run("ckpt", "audit", root)
 
 
+@pytest.mark.slow
 def test_a_preempted_trainer_saves_is_queued_again_and_the_run_ends_the_same(calm, tmp_path):
     process = start("rl", *SMALL, *SLURM, "--output-dir", tmp_path)
     preempt(process, tmp_path)

@@ -32,6 +32,7 @@ RL = (
 )
 
 
+@pytest.mark.slow
 def test_adapters_killed_inside_a_save_end_with_the_same_bits_and_come_out_whole(tmp_path):
     calm, root = tmp_path / "calm", tmp_path / "run"
     run("sft", *SFT, "--output-dir", calm, "--ckpt.interval", "2")

@@ -52,6 +52,7 @@ def ranks(root):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.campaign), 1])
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced_with_its_siblings(calm, tmp_path, rank):
     root = tmp_path / "run"
     process = start("sft", *SFT, *TWO, "--output-dir", root)
@@ -122,6 +123,7 @@ def assert_close(root, alone):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_one_rank_then_two_then_one_take_the_steps_of_one(alone, tmp_path):
     root, command = tmp_path / "run", EXACT
     for nproc, steps in ((1, 2), (2, 4), (1, 6)):
@@ -133,6 +135,7 @@ def test_one_rank_then_two_then_one_take_the_steps_of_one(alone, tmp_path):
     assert "trained on 1, 2 processes" in run("trainer", "--replay", root, code=2)
 
 
+@pytest.mark.slow
 def test_two_copies_of_the_model_and_other_micro_batches_take_the_steps_of_one_rank(alone, tmp_path):
     """HSDP, with a quarter of the budget: the batch of a step and its mean over tokens are the same."""
     layout = (

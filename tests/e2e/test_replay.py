@@ -48,6 +48,7 @@ def test_a_row_that_does_not_follow_from_the_batches_is_found(finished, tmp_path
     assert "1 different" in said
 
 
+@pytest.mark.slow
 def test_where_batches_are_gone_it_begins_at_the_oldest_checkpoint_that_is_followed_by_all(
     finished, tmp_path
 ):

@@ -93,6 +93,7 @@ def test_each_program_is_replaced_alone_and_the_run_ends_the_same(calm, tmp_path
     assert not os.listdir(root / "staging")
 
 
+@pytest.mark.slow
 def test_a_frozen_program_is_replaced(calm, tmp_path):
     root = tmp_path / "run"
     process = start("rl", *SMALL, "--output-dir", root, "--launch.frozen-s", "3")
@@ -107,6 +108,7 @@ def test_a_frozen_program_is_replaced(calm, tmp_path):
     assert run_digest(root) == run_digest(calm)
 
 
+@pytest.mark.slow
 def test_a_program_that_always_dies_stops_the_run_with_the_reason(tmp_path):
     flags = ("--ckpt.interval", "2", "--launch.max-restarts", "1")
     said = run("sft", *SFT, *flags, "--output-dir", tmp_path, code=1, RATCHET_CRASH_AT="weights.committed:1")
@@ -116,6 +118,7 @@ def test_a_program_that_always_dies_stops_the_run_with_the_reason(tmp_path):
     assert record(tmp_path).outcome.code == 1
 
 
+@pytest.mark.slow
 def test_a_trainer_without_a_checkpoint_cannot_be_replaced_alone(tmp_path):
     flags = [flag for flag in SMALL if flag not in ("--ckpt.interval", "3")]
     process = start("rl", *flags, "--output-dir", tmp_path)
@@ -153,6 +156,7 @@ def everything(root):
     return {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and p.name != "lock"}
 
 
+@pytest.mark.slow
 def test_a_replaced_trainer_that_wakes_up_inside_a_save_publishes_nothing_and_exits(calm_sft, tmp_path):
     config = load(SFTConfig, [*SFT, "--output-dir", str(tmp_path / "run"), "--ckpt.interval", "2"])
     opened = open_attempt("sft", config, dict)

@@ -42,6 +42,7 @@ TRAIN, ORCH = "examples/reverse_text/train.toml", "examples/reverse_text/orch.to
 SPLIT = ("--trainer", "@", TRAIN, "--orchestrator", "@", ORCH)
 
 
+@pytest.mark.slow
 def test_deterministic_ten_plus_ten_equals_twenty(tmp_path):
     command = (*ALONE, "--deterministic", "--orchestrator.eval.interval", "10")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -201,6 +202,7 @@ def test_engine_and_trainer_agree_on_the_logprob_of_every_token(tmp_path):
     assert abs(row["policy/ratio_mean"] - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_programs_and_the_same_command_continues(tmp_path):
     command = (*ALONE, "--output-dir", tmp_path, "--ckpt")
     process = start("rl", *command)
@@ -214,6 +216,7 @@ def test_a_signal_stops_all_programs_and_the_same_command_continues(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_without_checkpoints_batches_and_weights_do_not_pile_up(tmp_path):
     run("rl", *ALONE, "--output-dir", tmp_path, "--max-steps", "12")
     assert not committed(tmp_path / "checkpoints")
@@ -222,6 +225,7 @@ def test_without_checkpoints_batches_and_weights_do_not_pile_up(tmp_path):
     assert len(committed(tmp_path / "weights")) <= 4
 
 
+@pytest.mark.slow
 def test_a_rollback_moves_the_future_aside_and_the_old_weights_are_not_believed(tmp_path):
     command = (*ALONE, "--deterministic", "--output-dir", tmp_path, "--orchestrator.eval.interval", "3")
     run("rl", *command, "--max-steps", "6", "--ckpt.interval", "3")
@@ -332,6 +336,7 @@ def test_the_row_of_a_batch_is_born_inside_it(finished):
     assert kept == metrics.read(paths.metric("orchestrator"))
 
 
+@pytest.mark.slow
 def test_a_damaged_batch_before_a_sound_checkpoint_does_no_harm(finished, tmp_path):
     """The checkpoint has its own copy of the orchestrator's state."""
     root = tmp_path / "run"
@@ -343,6 +348,7 @@ def test_a_damaged_batch_before_a_sound_checkpoint_does_no_harm(finished, tmp_pa
     assert [row["step"] for row in rows(root)] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_damaged_batch_behind_the_checkpoint_begins_another_future(finished, tmp_path):
     """Nothing of the abandoned one is believed: its batches, policies and evaluations are moved aside."""
     root = tmp_path / "run"
@@ -371,6 +377,7 @@ def test_a_damaged_batch_behind_the_checkpoint_begins_another_future(finished, t
     assert "0 skipped" in run("ckpt", "audit", root)
 
 
+@pytest.mark.slow
 def test_the_programs_alone_play_the_last_evaluation_too(server, tmp_path):
     """`trainer` opens the attempt, `orchestrator` joins it, and goes on after the trainer has ended."""
     base = (*SPLIT, *SMALL, "--output-dir", tmp_path / "run", "--max-steps", "3", "--ckpt")

@@ -81,6 +81,7 @@ def check_draws(root, steps):
     assert "0 skipped, 0 duplicated\nclean" in run("ckpt", "audit", root)
 
 
+@pytest.mark.slow
 def test_three_servers_under_kills_and_freezes_end_as_one_that_nothing_happens_to(tmp_path):
     calm, root, steps = tmp_path / "calm", tmp_path / "run", 6
     exact = (*SMALL, "--deterministic", "--max-steps", steps, "--orchestrator.eval.interval", steps)

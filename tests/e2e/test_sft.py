@@ -80,7 +80,7 @@ def test_the_published_model_loads_as_a_hugging_face_model(straight):
         pytest.param("checkpoint.after_shards:2", (), marks=pytest.mark.campaign),
         ("checkpoint.committed:2", ()),
         pytest.param("checkpoint.before_shards:2", ("--ckpt.save-async",), marks=pytest.mark.campaign),
-        ("checkpoint.before_rename:2", ("--ckpt.save-async",)),
+        pytest.param("checkpoint.before_rename:2", ("--ckpt.save-async",), marks=pytest.mark.slow),
         pytest.param("weights.before_rename:2", ("--ckpt.save-async",), marks=pytest.mark.campaign),
     ],
 )
@@ -120,6 +120,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_pat
     assert [row["step"] for row in rows(root)] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_keep_last_keeps_the_newest_and_their_weights(tmp_path):
     """Also where the trainer dies between the last commit and the deletions that follow it."""
     rules = ("--ckpt.interval", "1", "--ckpt.keep-last", "2", "--ckpt.keep-interval", "3")
@@ -143,6 +144,7 @@ def test_a_horizon_that_follows_max_steps_is_said_aloud_when_it_moves(tmp_path):
     assert "horizon_steps: 2 -> 4" in said
 
 
+@pytest.mark.slow
 def test_a_damaged_byte_in_a_checkpoint_is_found_before_it_is_used(straight, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(straight, root)
@@ -159,12 +161,14 @@ def test_a_damaged_byte_in_a_checkpoint_is_found_before_it_is_used(straight, tmp
     assert rows(root)[:6] == rows(straight)
 
 
+@pytest.mark.slow
 def test_a_poison_batch_stops_with_its_own_code_and_changes_nothing(tmp_path):
     said = run("sft", *SMALL, "--output-dir", tmp_path, "--trainer.optim.lr", "1e30", "--ckpt", code=65)
     assert "policy" in said
     assert not durable.committed(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_an_attempt_that_ended_before_its_first_step_binds_nothing(tmp_path):
     """A wrong value is corrected in the same directory, even one that may not change later."""
     process = start("sft", *SMALL, "--output-dir", tmp_path, "--seed", "1")
@@ -174,6 +178,7 @@ def test_an_attempt_that_ended_before_its_first_step_binds_nothing(tmp_path):
     assert "Starting at step 0" in run("sft", *SMALL, "--output-dir", tmp_path, "--seed", "2")
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_and_the_corrected_name_of_a_missing_file_is_taken(tmp_path):
     data = tmp_path / "rows.jsonl"
     source = (ROOT / "examples/reverse_text/sft.jsonl").read_text().splitlines(keepends=True)

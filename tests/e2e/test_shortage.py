@@ -37,7 +37,13 @@ def log_of(root):
     return (root / "attempts" / "001" / "trainer.log").read_text()
 
 
-@pytest.mark.parametrize("mode", [(), ("--ckpt.save-async",)], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param((), id="sync", marks=pytest.mark.slow),
+        pytest.param(("--ckpt.save-async",), id="async"),
+    ],
+)
 def test_a_failed_save_is_said_and_tried_again_at_the_next_interval(tmp_path, mode):
     process = start(
         "sft",
@@ -77,6 +83,7 @@ def test_after_so_many_failures_it_stops_with_exit_74_and_the_same_command_conti
     assert max(committed(tmp_path / "checkpoints")) == 20
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_vanishes_ends_the_run_and_brought_back_it_continues(tmp_path):
     root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     command = (*EXAMPLE, "--output-dir", root, "--ckpt.interval", "3")

@@ -151,6 +151,7 @@ def test_runs_are_compared_on_one_page(root, tmp_path):
     assert len(page_data(tmp_path, "two.html")["runs"]) == 2
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     """Its place is taken by a file: it ends at once, the run says so and is complete."""
     root = tmp_path / "run"
@@ -165,6 +166,7 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     assert not (root / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_tracker_that_dies_before_it_noted_how_far_it_came_draws_no_point_twice(tmp_path):
     root, small = (
         tmp_path / "run",
