@@ -251,7 +251,7 @@ def publish(root: Path) -> None:
     """From the trainer's tensors to a policy that the server computes with, against the same bytes moved plainly."""
     config = ModelConfig(name=str(root / "model"), random_init=True)
     trained = build(config, seed=0, device="cuda")
-    served = build(config, seed=1, device="cuda", dtype=torch.bfloat16)
+    served = build(config, seed=1, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     paths = RunPaths(root / "run")
     for directory in (paths.staging, paths.weight(0).parent):
         directory.mkdir(parents=True, exist_ok=True)

@@ -145,14 +145,8 @@ def test_an_address_is_found_only_in_the_attempt_whose_server_said_it(tmp_path):
 pytestmark = pytest.mark.timeout(600)
 
 SFT = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--max-steps",
-    "4",
-    "--data.batch-size",
-    "16",
-    "--ckpt.interval",
-    "2",
+    *("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1"),
+    *("--max-steps", "4", "--data.batch-size", "16", "--ckpt.interval", "2"),
 )
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 

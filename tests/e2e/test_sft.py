@@ -22,7 +22,8 @@ from programs import (
 from ratchet import durable
 
 EXAMPLE = ("@", "examples/reverse_text/sft.toml")
-SMALL = (*EXAMPLE, "--max-steps", "6", "--data.batch-size", "16")
+TINY = ("--data.batch-size", "16", "--trainer.threads", "1")
+SMALL = (*EXAMPLE, "--max-steps", "6", *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(("--data.batch-size", "16"), id="small"),
+        pytest.param(TINY, id="small"),
         pytest.param((), id="as shipped", marks=pytest.mark.campaign),
     ],
 )
@@ -108,7 +109,7 @@ def test_kill_the_launcher_and_nothing_of_the_run_lives_on(straight, tmp_path):
 
 @pytest.mark.campaign
 def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_path):
-    root, command = tmp_path / "run", (*EXAMPLE, "--ckpt", "--data.batch-size", "16")
+    root, command = tmp_path / "run", (*EXAMPLE, *TINY, "--ckpt")
     process = start("sft", *command, "--output-dir", root)
     wait_until(lambda: last_step(root) >= 3, process=process)
     process.send_signal(signal.SIGTERM)
