@@ -107,6 +107,12 @@ def test_what_cannot_be_submitted_is_refused(tmp_path, monkeypatch):
     run = config(tmp_path, "--slurm.trainer.nodes", "2")
     with pytest.raises(Refusal, match=r"slurm.trainer.nodes is 2.*set it to 1"):
         submit("rl", run, run.slurm)
+    run = config(tmp_path, "--inference.replicas", "2")
+    with pytest.raises(Refusal, match=r"inference.replicas is 2.*set it to 1, or start the servers yourself"):
+        submit("rl", run, run.slurm)
+    run = config(tmp_path, "--trainer.nnodes", "2", "--trainer.rendezvous", "node1:29500")
+    with pytest.raises(Refusal, match=r"trainer.nnodes is 2.*from a batch script of your own"):
+        submit("rl", run, run.slurm)
     run = config(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Refusal, match=r"submit from a machine with sbatch, or correct the \[slurm\] table"):

@@ -156,6 +156,11 @@ def _roles(config: RunConfig, settings: SlurmConfig) -> tuple[str, ...]:
             raise Refusal(
                 f"slurm.{role}.nodes is {nodes}: a job of the {role} runs on one machine; set it to 1."
             )
+    if config.trainer.nnodes > 1:
+        raise Refusal(
+            f"trainer.nnodes is {config.trainer.nnodes}: --slurm starts the trainer on one machine; set it to 1, or "
+            "start the nodes from a batch script of your own, with `srun` and --trainer.node-rank $SLURM_NODEID."
+        )
     if not isinstance(config, RLConfig):
         return ("trainer",)
     if config.inference is not None and config.inference.replicas > 1:
