@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from ratchet import config_io
-from ratchet.config import RLConfig, RunConfig, SlurmConfig
+from ratchet.config import RLConfig, SFTConfig, SlurmConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, RatchetError, Refusal
 from ratchet.launch import filesystem
 from ratchet.launch.join import newest
@@ -116,7 +116,7 @@ class Job:
         return DelayedSubmission(self)
 
 
-def submit(kind: str, config: RunConfig, settings: SlurmConfig) -> int:
+def submit(kind: str, config: SFTConfig | RLConfig, settings: SlurmConfig) -> int:
     """Submit the jobs of a run that are not there already. With `slurm.wait` stay until they have ended.
 
     Raises: Refusal
@@ -148,7 +148,7 @@ def submit(kind: str, config: RunConfig, settings: SlurmConfig) -> int:
     return _wait(paths, alive)
 
 
-def _roles(config: RunConfig, settings: SlurmConfig) -> tuple[str, ...]:
+def _roles(config: SFTConfig | RLConfig, settings: SlurmConfig) -> tuple[str, ...]:
     """The jobs of a run, the trainer first: the others wait for it. Raises: Refusal"""
     for role in ("trainer", "orchestrator", "inference"):
         nodes = getattr(settings, role).nodes
@@ -173,7 +173,7 @@ def _roles(config: RunConfig, settings: SlurmConfig) -> tuple[str, ...]:
 
 
 def _executor(
-    folder: Path, role: str, config: RunConfig, settings: SlurmConfig, others: dict[str, Any]
+    folder: Path, role: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
 ) -> Any:
     """submitit's executor with everything that the settings ask for. Raises: Refusal"""
     submitit = _submitit()
@@ -190,7 +190,9 @@ def _executor(
     return executor
 
 
-def parameters(role: str, config: RunConfig, settings: SlurmConfig, others: dict[str, Any]) -> dict[str, Any]:
+def parameters(
+    role: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
+) -> dict[str, Any]:
     """What submitit is told for one job, by its names. The others start when the trainer's job has started."""
     wanted = getattr(settings, role)
     after = {"dependency": f"after:{others['trainer'].job_id}"} if "trainer" in others else {}
