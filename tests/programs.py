@@ -67,15 +67,16 @@ def kill(process):
 
 
 def processes_of(root, role=""):
-    """The programs of a run: processes whose command line names its directory, and their role."""
-    found = []
+    """The programs of a run: processes whose command line names its directory or one below, and their role."""
+    found, own = [], (str(root).encode(), f"{root}/".encode())
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes().split(b"\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if str(root).encode() in line and f"ratchet.{role}".encode() in b" ".join(line):
+            is_own = any(word == own[0] or word.startswith(own[1]) for word in line)
+            if is_own and f"ratchet.{role}".encode() in b" ".join(line):
                 found.append(int(entry.name))
     return found
 
