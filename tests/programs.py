@@ -13,6 +13,7 @@ from ratchet.paths import RunPaths
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+TINY_SFT = ("@", "examples/reverse_text/sft.toml", "--data.batch-size", "16", "--trainer.threads", "1")
 
 
 def environment(**extra):

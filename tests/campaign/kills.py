@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from programs import BIN, kill, last_step, processes_of, run_digest, start, wait_until
+from programs import BIN, TINY_SFT, kill, last_step, processes_of, run_digest, start, wait_until
 from ratchet import attempts, durable
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
@@ -40,7 +40,6 @@ RL = (
     *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
     *("--orchestrator.sampling.max-tokens", "6", "--max-steps", "16"),
 )
-SFT = ("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", "--data.batch-size", "16")
 KEEP = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
 ASYNC = ("--ckpt.interval", "3", "--ckpt.save-async")
 BOTH = ("--ckpt.interval", "2", "--ckpt.keep-last", "2", "--ckpt.save-async")
@@ -75,8 +74,8 @@ class Mode:
 PROGRAMS = ("trainer", "orchestrator", "inference")
 ANYONE = ("launcher", *PROGRAMS, "all")
 MODES = {
-    "sft": Mode("sft", (*SFT, *KEEP, *ALONE), ("launcher", "trainer")),
-    "sft_async_save_2_ranks": Mode("sft", (*SFT, *BOTH, *TWO_RANKS, *ALONE), ("launcher", "trainer")),
+    "sft": Mode("sft", (*TINY_SFT, *KEEP, *ALONE), ("launcher", "trainer")),
+    "sft_async_save_2_ranks": Mode("sft", (*TINY_SFT, *BOTH, *TWO_RANKS, *ALONE), ("launcher", "trainer")),
     "rl": Mode("rl", (*RL, *ASYNC, *ALONE), ANYONE, repeats=False),
     "rl_exact": Mode("rl", (*RL, "--deterministic", *KEEP, *ALONE), ANYONE),
     "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "launcher")),

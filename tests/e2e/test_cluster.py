@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from programs import BIN, last_step, processes_of, rows, run, run_digest, start, wait_until
+from programs import BIN, TINY_SFT, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, digest, durable
 from ratchet.launch import cluster
 from ratchet.paths import RunPaths
@@ -144,10 +144,7 @@ def test_an_address_is_found_only_in_the_attempt_whose_server_said_it(tmp_path):
 # Three jobs start as any program does, one after the other on a small machine, and twice.
 pytestmark = pytest.mark.timeout(600)
 
-SFT = (
-    *("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1"),
-    *("--max-steps", "4", "--data.batch-size", "16", "--ckpt.interval", "2"),
-)
+SFT = (*TINY_SFT, "--max-steps", "4", "--ckpt.interval", "2")
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 
 

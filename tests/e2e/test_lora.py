@@ -6,24 +6,14 @@ import signal
 import pytest
 from safetensors import safe_open
 
-from programs import last_step, processes_of, rows, run, run_digest, start, wait_until
+from programs import TINY_SFT, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import durable
 
 LORA = (
     *("--model.lora.rank", "4", "--model.lora.dropout", "0.1"),
     *("--model.lora.target-modules", '["q_proj", "v_proj", "up_proj"]'),
 )
-SFT = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--trainer.threads",
-    "1",
-    "--max-steps",
-    "6",
-    "--data.batch-size",
-    "16",
-    *LORA,
-)
+SFT = (*TINY_SFT, "--max-steps", "6", *LORA)
 RL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model", *LORA),
     *("--model.random-init", "--inference.slots", "16", "--deterministic", "--max-steps", "6"),

@@ -5,20 +5,11 @@ import socket
 
 import pytest
 
-from programs import kill, last_step, outcome, processes_of, run, run_digest, start, wait_until
+from programs import TINY_SFT, kill, last_step, outcome, processes_of, run, run_digest, start, wait_until
 from ratchet import attempts, durable
 from ratchet.paths import RunPaths
 
-SFT = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--trainer.threads",
-    "1",
-    "--max-steps",
-    "8",
-    "--data.batch-size",
-    "16",
-)
+SFT = (*TINY_SFT, "--max-steps", "8")
 KEEP = ("--ckpt.interval", "2")
 pytestmark = pytest.mark.timeout(900)
 

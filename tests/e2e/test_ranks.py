@@ -7,20 +7,11 @@ import pytest
 import torch
 
 from dcp import plain_dcp
-from programs import last_step, processes_of, rows, run, run_digest, start, wait_until
+from programs import TINY_SFT, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, durable
 from ratchet.paths import RunPaths
 
-SFT = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--trainer.threads",
-    "1",
-    "--max-steps",
-    "6",
-    "--data.batch-size",
-    "16",
-)
+SFT = (*TINY_SFT, "--max-steps", "6")
 TWO = ("--trainer.nproc", "2", "--ckpt.interval", "2")
 RL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),

@@ -11,7 +11,7 @@ import time
 import msgspec
 import pytest
 
-from programs import environment, last_step, processes_of, rows, run, run_digest, start, wait_until
+from programs import TINY_SFT, environment, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, durable, metrics, resume
 from ratchet.attempts import token
 from ratchet.config import SFTConfig
@@ -28,16 +28,7 @@ SMALL = (
     *("--orchestrator.sampling.max-tokens", "6", "--orchestrator.eval.tasks", "8"),
     *("--orchestrator.eval.interval", "4", "--ckpt.interval", "3"),
 )
-SFT = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--trainer.threads",
-    "1",
-    "--max-steps",
-    "6",
-    "--data.batch-size",
-    "16",
-)
+SFT = (*TINY_SFT, "--max-steps", "6")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dcp import plain_dcp
 from programs import (
     ROOT,
+    TINY_SFT,
     kill,
     last_step,
     processes_of,
@@ -22,8 +23,7 @@ from programs import (
 from ratchet import durable
 
 EXAMPLE = ("@", "examples/reverse_text/sft.toml")
-TINY = ("--data.batch-size", "16", "--trainer.threads", "1")
-SMALL = (*EXAMPLE, "--max-steps", "6", *TINY)
+SMALL = (*TINY_SFT, "--max-steps", "6")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "example",
     [
-        pytest.param(TINY, id="small"),
-        pytest.param((), id="as shipped", marks=pytest.mark.campaign),
+        pytest.param(TINY_SFT, id="small"),
+        pytest.param(EXAMPLE, id="as shipped", marks=pytest.mark.campaign),
     ],
 )
-def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path, flags):
-    command = ("sft", *EXAMPLE, *flags, "--output-dir")
+def test_the_example_stopped_at_20_and_resumed_equals_one_run_of_40(tmp_path, example):
+    command = ("sft", *example, "--output-dir")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(*command, whole, "--ckpt")
     run(*command, parts, "--max-steps", "20", "--ckpt")
@@ -109,7 +109,7 @@ def test_kill_the_launcher_and_nothing_of_the_run_lives_on(straight, tmp_path):
 
 @pytest.mark.campaign
 def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(tmp_path):
-    root, command = tmp_path / "run", (*EXAMPLE, *TINY, "--ckpt")
+    root, command = tmp_path / "run", (*TINY_SFT, "--ckpt")
     process = start("sft", *command, "--output-dir", root)
     wait_until(lambda: last_step(root) >= 3, process=process)
     process.send_signal(signal.SIGTERM)

@@ -11,19 +11,10 @@ import subprocess
 
 import pytest
 
-from programs import BIN, ROOT, last_step, processes_of, rows, run, start, wait_until
+from programs import BIN, ROOT, TINY_SFT, last_step, processes_of, rows, run, start, wait_until
 from ratchet.durable import committed
 
-EXAMPLE = (
-    "@",
-    "examples/reverse_text/sft.toml",
-    "--trainer.threads",
-    "1",
-    "--data.batch-size",
-    "16",
-    "--max-steps",
-    "20",
-)
+EXAMPLE = (*TINY_SFT, "--max-steps", "20")
 BETWEEN = 2_000_000
 NEVER = resource.RLIM_INFINITY
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from programs import BIN, ROOT, environment, kill, last_step, processes_of, run, start, wait_until
+from programs import BIN, ROOT, TINY_SFT, environment, kill, last_step, processes_of, run, start, wait_until
 from ratchet import metrics, timeline
 from ratchet.paths import RunPaths
 
@@ -157,10 +157,8 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
     root = tmp_path / "run"
     root.mkdir()
     (root / "trackers").write_text("in the way")
-    flags = ("--max-steps", "2", "--data.batch-size", "8", "--report.enabled", "false")
-    said = run(
-        "sft", "@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", *flags, "--output-dir", root
-    )
+    flags = ("--max-steps", "2", "--report.enabled", "false")
+    said = run("sft", *TINY_SFT, *flags, "--output-dir", root)
     assert "The tracker ended with exit code" in said
     assert last_step(root) == 2
     assert not (root / "report.html").exists()
@@ -168,14 +166,11 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_tracker_that_dies_before_it_noted_how_far_it_came_draws_no_point_twice(tmp_path):
-    root, small = (
-        tmp_path / "run",
-        ("@", "examples/reverse_text/sft.toml", "--trainer.threads", "1", "--data.batch-size", "8"),
-    )
+    root = tmp_path / "run"
     at = "replace.state.json.before_rename:1"
-    said = run("sft", *small, "--max-steps", "2", "--ckpt", "--output-dir", root, RATCHET_CRASH_AT=at)
+    said = run("sft", *TINY_SFT, "--max-steps", "2", "--ckpt", "--output-dir", root, RATCHET_CRASH_AT=at)
     assert "The tracker ended with exit code -9" in said
-    run("sft", *small, "--max-steps", "4", "--ckpt.resume-step", "-1", "--output-dir", root)
+    run("sft", *TINY_SFT, "--max-steps", "4", "--ckpt.resume-step", "-1", "--output-dir", root)
     events = EventAccumulator(str(root / "trackers" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("trainer/loss")] == [1, 2, 3, 4]
