@@ -10,8 +10,9 @@ A directory is *published* by this order, and each step is needed:
     fsync the parent                  the commit survives a power cut
 
 The rename is also the fence: a process is revoked by renaming its staging/<token> away, after which
-whatever it still tries fails with ENOENT and becomes `Fenced`. What does not begin in the workshop goes through it
-all the same, as staging/<token>/../../<path>: the kernel looks the way up anew each time.
+whatever it still tries fails with ENOENT and becomes `Fenced`. Every way leads through a gate inside the workshop, as
+staging/<token>/gate/../<path>: the kernel looks it up anew each time, and a library that makes missing directories
+(torch's writer of checkpoints does) would bring back the workshop but never the gate.
 """
 
 import errno
@@ -32,6 +33,8 @@ from ratchet.paths import RunPaths, parse_step
 from ratchet.records import FileEntry, Manifest
 
 MANIFEST = "MANIFEST.json"
+GATE = "gate"
+"""A directory that a workshop has from its opening until it is revoked; nothing is ever written into it."""
 FORMAT = 1
 _CHUNK_BYTES = 8 << 20
 _crash_at = os.environ.get("RATCHET_CRASH_AT", "")
@@ -205,6 +208,7 @@ class Stage:
         """Make the workshop of a new incarnation; a token is never used twice."""
         stage = cls(paths, token)
         stage.directory.mkdir()
+        (stage.directory / GATE).mkdir()
         fsync_path(paths.staging)
         return stage
 
@@ -213,6 +217,7 @@ class Stage:
         stage = Stage(self.paths, token)
         try:
             self._through(stage.directory).mkdir()
+            self._through(stage.directory / GATE).mkdir()
         except FileNotFoundError:
             self.check()
             raise
@@ -225,7 +230,7 @@ class Stage:
 
     def check(self) -> None:
         """Raises: Fenced if this process was replaced; Unwritable if the whole run directory is gone."""
-        if self.directory.exists():
+        if (self.directory / GATE).exists():
             return
         if not self.paths.staging.exists():
             raise Unwritable(
@@ -236,13 +241,17 @@ class Stage:
 
     def _through(self, path: Path) -> Path:
         """The same place of the run, by a way that ends with the workshop."""
-        return self.directory / ".." / ".." / path.relative_to(self.paths.root)
+        return self.directory / GATE / ".." / ".." / ".." / path.relative_to(self.paths.root)
+
+    def _inside(self, path: Path) -> Path:
+        """The same place of the workshop, by a way that ends when it is revoked, whatever is made under its name."""
+        return self.directory / GATE / ".." / path.relative_to(self.directory)
 
     def begin(self, name: str) -> Path:
         """A fresh directory to write into; its name is unique within this process."""
         directory = self.directory / f"{next(self._numbers)}-{name}"
         try:
-            directory.mkdir()
+            self._inside(directory).mkdir()
         except FileNotFoundError:
             self.check()
             raise
@@ -271,7 +280,7 @@ class Stage:
 
     def _rename_new(self, directory: Path, target: Path, manifest: Manifest) -> None:
         try:
-            os.rename(directory, target)
+            os.rename(self._inside(directory), target)
             return
         except FileNotFoundError:
             # A network filesystem may have retried a rename that succeeded.
@@ -301,7 +310,7 @@ class Stage:
         fsync_path(staged)
         crash_point(f"replace.{path.name}.before_rename")
         try:
-            os.rename(staged, path)
+            os.rename(self._inside(staged), path)
         except FileNotFoundError:
             self.check()
             raise
@@ -328,7 +337,7 @@ class Stage:
         """Delete a published directory or file: it stops existing at once, its bytes go afterwards."""
         grave = self.directory / f"del-{next(self._numbers)}-{path.name}"
         try:
-            os.rename(path, grave)
+            os.rename(path, self._inside(grave))
         except FileNotFoundError:
             self.check()
             return
@@ -364,7 +373,7 @@ class Stage:
         try:
             staged.write_bytes(data)
             crash_point("create.before_rename")
-            os.rename(staged, path)
+            os.rename(self._inside(staged), path)
         except FileNotFoundError:
             self.check()
             raise

@@ -93,6 +93,7 @@ def test_every_mark_of_the_docs_has_its_block():
     assert {p.name for p in DOCS.glob("*.md") if parse(p.read_text())} == {
         "checkpointing.md",
         "quickstart.md",
+        "scaling.md",
         "your-data.md",
         "your-environment.md",
     }

@@ -124,7 +124,7 @@ def test_removal_leaves_no_half_of_a_directory_under_its_name(stage):
     publish(stage, 3)
     stage.remove(stage.paths.checkpoint(3))
     assert not stage.paths.checkpoint(3).exists()
-    assert os.listdir(stage.directory) == []
+    assert os.listdir(stage.directory) == [durable.GATE]
     stage.remove(stage.paths.checkpoint(3))
 
 
@@ -133,3 +133,33 @@ def test_a_file_is_replaced_whole(stage):
     stage.replace(path, b"one")
     stage.replace(path, b"two")
     assert path.read_bytes() == b"two"
+
+
+def test_a_library_that_makes_missing_directories_does_not_bring_a_revoked_workshop_back(paths, stage):
+    rows, old = paths.metric("trainer"), Manifest(kind="checkpoint", step=4, attempt=1, files=())
+    rows.parent.mkdir()
+    publish(stage, 3)
+    stage.create(rows, b"{}\n")
+    directory = stage.begin("checkpoint_4")
+    durable.revoke(paths, by=Stage.open(paths, "001.launcher.0"))
+    (directory / "trainer").mkdir(parents=True)
+    (directory / "trainer" / "shard").write_bytes(b"late")
+    attempts = {
+        "commit": lambda: stage.commit(directory, paths.checkpoint(4), old),
+        "begin": lambda: stage.begin("weights_4"),
+        "replace": lambda: stage.replace(rows, b"late"),
+        "create": lambda: stage.create(paths.metric("evals"), b"late"),
+        "append": lambda: stage.append(rows, b"late"),
+        "extend": lambda: stage.extend(rows, b"late"),
+        "truncate": lambda: stage.truncate(rows, 0),
+        "move": lambda: stage.move(paths.checkpoint(3), paths.checkpoint(5)),
+        "remove": lambda: stage.remove(paths.checkpoint(3)),
+        "open_for": lambda: stage.open_for("001.trainer.3"),
+        "check": stage.check,
+    }
+    for name, late in attempts.items():
+        with pytest.raises(Fenced, match=r"001.trainer.1 was replaced"):
+            late()
+        assert rows.read_bytes() == b"{}\n", name
+        assert list(durable.committed(paths.checkpoints)) == [3], name
+    assert not paths.metric("evals").exists()

@@ -1,5 +1,7 @@
 """The follower of the metric files: no gap and no double point, whatever dies and wherever the run goes back to."""
 
+import shutil
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -146,6 +148,6 @@ def test_a_follower_of_an_attempt_that_was_replaced_stops(stage, follower):
     follow = follower(stage)
     train(stage, [1])
     follow.look()
-    stage.directory.rmdir()
+    shutil.rmtree(stage.directory)
     with pytest.raises(Fenced):
         follow.save()
