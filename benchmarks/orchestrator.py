@@ -11,6 +11,7 @@ old). Each rollout is asked for over HTTP, scored, kept in the journal, credited
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -251,7 +252,7 @@ def report(seen: list[Seen], run: Attempt, bare_s: float, posted: int) -> None:
     rows = metrics.read(run.paths.metric("orchestrator"))
     env_s = sum(row["time/env_s"] for row in rows[1:])
     say("of it in the environment's own code", f"{env_s / cpu_s:.0%}")
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         rate = (after.rollouts - before.rollouts) / (after.cpu_s - before.cpu_s)
         say(f"  to {after.rollouts} rollouts", f"{rate:.0f} / CPU second, {after.rss_mb:.1f} MB resident")
     say("memory, end / first quarter", f"{end.rss_mb / seen[1].rss_mb:.3f}x (goal: flat)")
