@@ -6,6 +6,7 @@ Python process that imports torch. Goal: at most 2x. Then where the time went, f
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -32,16 +33,19 @@ STEPS_BETWEEN = 4
 TIMEOUT_S = 180.0
 
 
-def processes_of(root: Path) -> list[str]:
-    """The programs of a run that are alive: their command lines name its directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def processes_of(root: Path) -> dict[str, float]:
+    """The programs of a run that are alive, by their command lines, and when each was started, by the wall clock."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            ticks = int((path / "stat").read_text().rpartition(")")[2].split()[19])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if str(root) in line and "ratchet." in line:
-            found.append(line)
+        modules = [word for word in words if word.startswith("ratchet.")]
+        if modules and str(root) in words:
+            found[modules[0].removeprefix("ratchet.")] = booted + ticks / os.sysconf("SC_CLK_TCK")
     return found
 
 
@@ -58,6 +62,8 @@ class Example:
     def __init__(self, kind: str, root: Path) -> None:
         self._command = [str(BIN / kind), *COMMANDS[kind], *COMMON, "--output-dir", str(root)]
         self._root = root
+        self._born: dict[str, float] = {}
+        """When each program of the newest relaunch was started."""
         self.paths = RunPaths(root)
 
     def _rows(self) -> list[metrics.Row]:
@@ -73,6 +79,7 @@ class Example:
         try:
             wait_until(lambda: self._last() >= last + STEPS_BETWEEN or process.poll() is not None)
             assert process.poll() is None, f"it ended with {process.returncode}"
+            self._born = processes_of(self._root)
             first = next(row for row in self._rows() if row["step"] > last)
         finally:
             process.kill()
@@ -83,7 +90,9 @@ class Example:
     def split(self, started: float) -> list[str]:
         """The first phase of each kind that each program of the newest attempt went through, in seconds."""
         attempt = attempts.numbers(self.paths)[-1]
-        lines = []
+        lines = [
+            f"  {role:14} process    {born - started:6.2f} s" for role, born in sorted(self._born.items())
+        ]
         for role in timeline.roles(self.paths):
             seen: set[str] = set()
             for span in timeline.read(self.paths.timeline(role)):
