@@ -1,8 +1,8 @@
 """What a step and a sample cost as runs and batches grow: `uv run python benchmarks/growth.py --root /dev/shm`.
 
 The durable code of a run is driven in this process with tiny payloads: journal, batch, row, ledger and trim of the
-orchestrator; reading, row, policy, checkpoint, retention and pruning of the trainer. DIR should be fast: what may
-grow is our own work, not the disk's.
+orchestrator; reading, row, policy, checkpoint, retention and pruning of the trainer. Times are CPU time, system calls
+included: what may grow is our own work, not the disk's.
 
     a step around 100, 1 000 and 10 000    medians, and the last to the first: goal 1.0
     `ckpt ls` after 100 steps and at the end
@@ -70,7 +70,7 @@ def timed_median(command: list[str], repeats: int = 3) -> float:
 
 
 class Life:
-    """A run of both programs in one process; `costs` are seconds by part and step."""
+    """A run of both programs in one process; `costs` are CPU seconds by part and step."""
 
     def __init__(self, root: Path, steps: int, ckpt: CkptConfig) -> None:
         env = {"id": "reverse_text", "args": {"data": "examples/reverse_text/train.jsonl"}}
@@ -102,9 +102,9 @@ class Life:
 
     @contextmanager
     def _part(self, name: str, step: int) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        self.costs[name][step] = time.perf_counter() - started
+        self.costs[name][step] = time.process_time() - started
 
     def run(self, first: int, end: int) -> None:
         for step in range(first, end):
@@ -219,7 +219,7 @@ def measure_steps(root: Path, steps: int) -> None:
     life.run(110, steps)
     ls_s.append(timed_median(ls))
     ends = [110, *(end for end in (1_000, 10_000) if end < steps), steps]
-    say("ms, by the 100 steps up to", *(str(end) for end in sorted(set(ends))), "last / first")
+    say("CPU ms, by the 100 steps up to", *(str(end) for end in sorted(set(ends))), "last / first")
     for name, costs in sorted(life.costs.items()):
         found = [window(costs, end) for end in sorted(set(ends))]
         say(name, *(f"{cost:.3f}" for cost in found), f"{found[-1] / found[0]:.2f}x")
@@ -236,13 +236,13 @@ def measure_kept(root: Path) -> None:
         done = count
         costs = [life.costs["prune"][step] for step in range(count - 10, count)]
         medians.append(1e3 * statistics.median(costs))
-    say("ms, with so many checkpoints kept", *(str(count) for count in KEPT), "last / first")
+    say("CPU ms, with so many checkpoints kept", *(str(count) for count in KEPT), "last / first")
     say("prune", *(f"{cost:.3f}" for cost in medians), f"{medians[-1] / medians[0]:.2f}x")
     life.opened.close(0, "benchmark")
 
 
 def measure_batches(root: Path) -> None:
-    say("us a sample, in a batch of", *(str(size) for size in BATCHES), "last / first")
+    say("CPU us a sample, in a batch of", *(str(size) for size in BATCHES), "last / first")
     found: dict[str, list[float]] = defaultdict(list)
     for size in BATCHES:
         for name, cost in batch_costs(root / str(size), size).items():
@@ -252,7 +252,7 @@ def measure_batches(root: Path) -> None:
 
 
 def batch_costs(root: Path, size: int) -> dict[str, float]:
-    """Seconds for each part of one batch: medians of so many repeats that small ones are not noise."""
+    """CPU seconds for each part of one batch: medians of so many repeats that small ones are not noise."""
     life = Life(root, 1000, CkptConfig())
     stage = Stage.open(life.paths, "001.orchestrator.2")
     groups = [
@@ -264,19 +264,19 @@ def batch_costs(root: Path, size: int) -> dict[str, float]:
     )
     found: dict[str, list[float]] = defaultdict(list)
     for step in range(max(3, min(20, 16384 // size))):
-        at = [time.perf_counter()]
+        at = [time.process_time()]
         samples = credited(groups, divide_by_std=False)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         row = exact_row(Batch(step, groups, {}), samples, Progress())
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         publish(stage, step, samples, state.state(), row)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         ledger.append(stage, ledger.line(step, samples, state.state()))
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         batchlog.read(life.paths, step)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         data = b"".join(journal.frame(msgspec.msgpack.encode(one)) for one in samples)
-        at.append(time.perf_counter())
+        at.append(time.process_time())
         assert data
         stage.remove(life.paths.batch(step))
         names = ("credit", "row", "publish", "ledger: append", "read back", "journal: frames")
