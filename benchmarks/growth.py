@@ -4,7 +4,8 @@ The durable code of a run is driven in this process with tiny payloads: journal,
 orchestrator; reading, row, policy, checkpoint, retention and pruning of the trainer. Times are CPU time, system calls
 included: what may grow is our own work, not the disk's.
 
-    a step around 100, 1 000 and 10 000    medians, and the last to the first: goal 1.0
+    a step around 100, 1 000 and 10 000    medians, and the last to the first: goal that of the control,
+                                           which says how the machine's own speed changed
     `ckpt ls` after 100 steps and at the end
     a step of a run that keeps many checkpoints
     a sample of a batch of 256 to 65 536   publishing and reading it, and the largest to the smallest: goal 1.0
@@ -37,6 +38,7 @@ MODEL = Path("examples/reverse_text/model")
 GROUPS, SIZE, TOKENS, PROMPT = 4, 4, 12, 4
 SAVE_EVERY = 10
 ALL = "the whole step"
+CONTROL = "the same sum, as a control"
 LONG_TOKENS = 32
 BATCHES = (256, 1024, 4096, 16384, 65536)
 KEPT = (10, 100, 1000)
@@ -108,6 +110,8 @@ class Life:
 
     def run(self, first: int, end: int) -> None:
         for step in range(first, end):
+            with self._part(CONTROL, step):
+                sum(range(20_000))
             with self._part(ALL, step):
                 self._orchestrate(step)
                 self._train(step)
