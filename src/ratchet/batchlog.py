@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet import durable
+from ratchet import durable, process
 from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
@@ -62,7 +62,8 @@ def read(paths: RunPaths, step: int) -> tuple[list[Sample], Manifest]:
     directory = paths.batch(step)
     manifest = durable.verify(directory)
     try:
-        samples = msgspec.msgpack.decode((directory / SAMPLES).read_bytes(), type=list[Sample])
+        with process.without_collector():
+            samples = msgspec.msgpack.decode((directory / SAMPLES).read_bytes(), type=list[Sample])
     except msgspec.MsgspecError as error:
         raise Damaged(f"{directory / SAMPLES} does not parse: {error}.") from None
     return samples, manifest

@@ -117,7 +117,8 @@ def prune(
     `saving` is the step of a save in flight: what its checkpoint will pin is kept already.
     """
     _prune_batches(stage, ckpt, published)
-    checkpoints = {*durable.committed(stage.paths.checkpoints), *([] if saving is None else [saving])}
+    # By their names: this runs after every step, and a run may keep thousands. One that is not sound pins no less.
+    checkpoints = {*durable.steps(stage.paths.checkpoints), *([] if saving is None else [saving])}
     _prune_weights(stage, oldest_served, published, async_level, checkpoints)
 
 
@@ -133,10 +134,10 @@ def _prune_batches(stage: Stage, ckpt: CkptConfig | None, published: int) -> Non
     elif ckpt.keep_last is None:
         return
     else:
-        steps = list(durable.committed(stage.paths.checkpoints))
+        steps = durable.newest_committed(stage.paths.checkpoints, ckpt.keep_last)
         if not steps:
             return
-        oldest = steps[-ckpt.keep_last :][0]
+        oldest = steps[0]
     newest = max(durable.steps(stage.paths.batches), default=0)
     for step in _steps_below(stage.paths.batches, min(oldest, newest)):
         stage.remove(stage.paths.batch(step))

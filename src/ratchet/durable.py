@@ -177,6 +177,12 @@ def committed(root: Path) -> dict[int, Manifest]:
     return {step: manifest for step, manifest in found if manifest is not None}
 
 
+def newest_committed(root: Path, count: int) -> list[int]:
+    """The newest `count` of the steps below `root` that count, in order; those before them are not read."""
+    sound = (step for step in reversed(steps(root)) if read_committed(root / f"step_{step}") is not None)
+    return sorted(itertools.islice(sound, count))
+
+
 def verify(directory: Path) -> Manifest:
     """Read every byte and compare with the manifest.
 

@@ -19,7 +19,7 @@ from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 from ratchet.records import Progress, Sample
 
-_BLOCK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 12
 
 
 class Trained(msgspec.Struct, frozen=True, array_like=True):

@@ -70,3 +70,11 @@ def test_a_newest_checkpoint_that_does_not_verify_lets_nothing_go(stage):
     with pytest.raises(durable.Damaged):
         checkpoint.retain(stage, CkptConfig(keep_last=1))
     assert list(durable.committed(stage.paths.checkpoints)) == [2, 4]
+
+
+def test_batches_stay_from_the_oldest_of_the_newest_sound_checkpoints_on(stage):
+    publish(stage, stage.paths.batches, *range(10))
+    publish(stage, stage.paths.checkpoints, 2, 4, 6, 8)
+    (stage.paths.checkpoint(8) / "data").unlink()
+    checkpoint.prune(stage, CkptConfig(keep_last=2), published=9, oldest_served=9, async_level=1)
+    assert durable.steps(stage.paths.batches) == [4, 5, 6, 7, 8, 9]

@@ -10,9 +10,11 @@ from ratchet.metrics import Row
 from ratchet.orchestrator.advantage import group_advantages
 from ratchet.orchestrator.evals import mean_metrics
 from ratchet.orchestrator.scheduler import Batch, Group
+from ratchet.process import without_collector
 from ratchet.records import Progress, Sample
 
 
+@without_collector()
 def credited(groups: Iterable[Group], *, divide_by_std: bool) -> list[Sample]:
     """The samples of a batch with their advantages, ordered by draw and rollout."""
     samples = []
