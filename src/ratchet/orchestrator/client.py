@@ -131,7 +131,7 @@ class Client:
         self._timeout_s = timeout_s
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
-        self._open: set[asyncio.Timeout] = set()
+        self._open: set[asyncio.Task[Any]] = set()
         self._model = ""
         self.max_model_len: int | None = None
 
@@ -140,8 +140,6 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=limit, limit_per_host=0),
             headers={"Content-Type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(),  # none: every call has a limit of its own
         )
         return self
 
@@ -151,11 +149,7 @@ class Client:
 
     async def check_health(self, timeout_s: float) -> None:
         """Raises: Torn, or Answered, where there is no sign of life. Not cut by `cut`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._request("GET", "/health")
-        except TimeoutError:
-            raise _late(timeout_s) from None
+        await self._request("GET", "/health", None, timeout_s)
 
     async def connect(self) -> None:
         """Learn the name that the server serves. Raises: Torn, RatchetError."""
@@ -215,35 +209,34 @@ class Client:
             raise Torn("answer", f"it then reported version {info.weight_version!r}, paused: {info.paused}")
 
     def cut(self) -> None:
-        """Tear every call that waits for an answer, as if its connection had broken: its limit is now."""
-        now = asyncio.get_running_loop().time()
-        for limit in self._open:
-            if not limit.expired():
-                limit.reschedule(now)
-        self._open.clear()
+        """Tear every call that waits for an answer, as if its connection had broken."""
+        for task in self._open:
+            task.cancel()
 
     async def _exchange(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """One request, unless it is cut. Raises: Torn, or Answered for a refusal that is the server's own."""
-        limit = asyncio.timeout(self._timeout_s)
-        self._open.add(limit)
+        task = asyncio.create_task(self._request(method, path, body, self._timeout_s))
+        self._open.add(task)
         try:
-            async with limit:
-                return await self._request(method, path, body)
-        except TimeoutError:
-            if limit in self._open:
-                raise _late(self._timeout_s) from None
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
             raise Torn("silent", f"{self.base_url} gave no sign of life") from None
         finally:
-            self._open.discard(limit)
+            self._open.discard(task)
 
-    async def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """One request, as long as it takes. Raises: Torn, Answered."""
+    async def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
         assert self._session is not None, "use the client inside `async with`"
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, self.base_url + path, data=body) as response:
+            async with self._session.request(
+                method, self.base_url + path, data=body, timeout=timeout
+            ) as response:
                 data, status = await response.read(), response.status
         except TimeoutError:
-            raise
+            raise Torn("timeout", f"no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Torn("connection", f"{type(error).__name__} {error}".strip()) from None
         if status >= 500 or status == 429:
@@ -262,10 +255,6 @@ class Client:
             raise RatchetError(
                 f"inference at {self.base_url} answered {path} with something else: {error}."
             ) from None
-
-
-def _late(timeout_s: float) -> Torn:
-    return Torn("timeout", f"no answer within {timeout_s:g} s")
 
 
 def nobody_answers(urls: str, waited_s: float) -> str:
