@@ -73,7 +73,7 @@ def finish(root, flags, calm):
     assert audit(RunPaths(root)).findings == []
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_death_of_each_role_on_the_way_forward_changes_nothing(calm, tmp_path):
     root = tmp_path / "run"
     for role, point, expected in FORWARD:
