@@ -21,10 +21,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests of a module share its runs, so they stay in one process. Without a browser those of pages are not there."""
-    for item in items:
-        if item.path.parent.name in ("contract", "e2e"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Without a browser the tests that look at a page are not there."""
     if shutil.which("chromium") and shutil.which("chromedriver"):
         return
     gone = [item for item in items if item.get_closest_marker("browser")]

@@ -543,6 +543,7 @@ def open_attempt(root, model, engine):
     Stage.open(paths, attempts.token(1, "inference", 1))
 
 
+@pytest.mark.slow
 def test_a_runs_own_server_is_killed_and_a_standing_one_takes_its_port(folder, model, policies, engine):
     root = folder / "own"
     open_attempt(root, model, engine)

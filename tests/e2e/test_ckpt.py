@@ -235,6 +235,7 @@ def test_plan_touches_nothing_and_the_start_does_what_it_said(copy):
     assert (aside["entries"]["batches"], aside["entries"]["ledger"]) == (2, 1)
 
 
+@pytest.mark.slow
 def test_an_exported_checkpoint_is_its_policy(finished, tmp_path):
     policy = finished / "weights" / "step_4"
     run("ckpt", "export", finished, "4", tmp_path / "fp32")
@@ -249,6 +250,7 @@ def test_an_exported_checkpoint_is_its_policy(finished, tmp_path):
     assert "exists already" in run("ckpt", "export", finished, "4", tmp_path / "fp32", code=2)
 
 
+@pytest.mark.slow
 def test_a_fork_continues_exactly_and_leaves_its_origin_alone(finished, tmp_path):
     before, new = contents(finished), tmp_path / "new"
     made = ask("fork", finished, "2", new)

@@ -100,6 +100,7 @@ def test_the_end_of_its_time_and_the_death_of_the_server_do_not_matter_either(tm
     assert outcomes(root) == [75, 75, 0]
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_gone_comes_back_from_its_mirror(calm):
     """The newest entry is torn as well: it has no manifest."""
     folder, command = calm

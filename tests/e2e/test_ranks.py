@@ -70,6 +70,7 @@ def test_a_rank_that_freezes_is_noticed_while_the_other_waits_for_it(calm, tmp_p
 
 
 @pytest.mark.parametrize("mode", [pytest.param((), marks=pytest.mark.campaign), ("--ckpt.save-async",)])
+@pytest.mark.slow
 def test_killed_inside_a_save_two_ranks_end_with_the_same_bits(calm, tmp_path, mode):
     command = (*SFT, *TWO, *mode, "--launch.max-restarts", "0", "--output-dir", tmp_path / "run")
     run("sft", *command, code=1, RATCHET_CRASH_AT="checkpoint.after_shards:2")

@@ -15,6 +15,9 @@ ALONE = (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An asynchronous run in two attempts, with another learning rate in the second."""

@@ -59,6 +59,7 @@ def test_a_failed_save_is_said_and_tried_again_at_the_next_interval(tmp_path, mo
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_after_so_many_failures_it_stops_with_exit_74_and_the_same_command_continues(tmp_path):
     command = (*EXAMPLE, "--output-dir", tmp_path, "--ckpt.interval", "3", "--ckpt.max-failed-saves", "2")
     process = start("sft", *command)
