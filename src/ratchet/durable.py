@@ -230,6 +230,11 @@ class Stage:
         fsync_path(self.paths.staging)
         return stage
 
+    def leave(self) -> None:
+        """Give up a workshop in which nothing is left."""
+        (self.directory / GATE).rmdir()
+        self.directory.rmdir()
+
     def enter(self) -> None:
         """This process works here from now on."""
         Stage.current = self

@@ -102,5 +102,5 @@ def _record(source: RunPaths, paths: RunPaths, step: int, last: Record, config: 
             config_xxh3=durable.hash_bytes(data),
         ),
     )
-    stage.directory.rmdir()
+    stage.leave()
     return made

@@ -81,7 +81,7 @@ def take_over(paths: RunPaths, record: Record, role: str) -> int:
     stage = launcher.open_for(attempts.token(record.attempt, "joining", os.getpid()))
     durable.revoke(paths, by=stage, prefix=prefix)
     launcher.open_for(attempts.token(record.attempt, role, incarnation))
-    stage.directory.rmdir()
+    stage.leave()
     return incarnation
 
 
