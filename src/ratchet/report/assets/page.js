@@ -290,7 +290,7 @@ function drawTimeline() {
   const used = [...new Set(line.spans.map((s) => s[1]))];
   const key = el("div", { class: "key", style: "margin:10px 0 4px" }, ...Object.keys(PHASES).filter((p) => used.includes(p)).map((p) => el("span", { style: `--k:${PHASES[p][1]}` }, PHASES[p][0])));
   const middle = () => (from + to) / 2;
-  const bar = el("div", { class: "bar" }, el("button", { "data-zoom": "in", onclick: () => zoom(0.5, middle()) }, "zoom in"), el("button", { onclick: () => zoom(2, middle()) }, "zoom out"), el("button", { onclick: () => { from = 0; to = end || 1; draw(); } }, "whole"),
+  const bar = el("div", { class: "bar" }, el("button", { "data-zoom": "in", onclick: () => zoom(0.5, middle()) }, "zoom in"), el("button", { onclick: () => zoom(2, middle()) }, "zoom out"), el("button", { "data-zoom": "all", onclick: () => { from = 0; to = end || 1; draw(); } }, "whole"),
     line.omitted ? el("span", {}, `the newest ${line.spans.length.toLocaleString("en")} phases; ${line.omitted.toLocaleString("en")} older ones are in timeline/`) : null, line.stretches.length > 1 ? el("span", {}, "pauses between attempts are cut out") : null);
   draw();
   place.replaceChildren(bar, el("div", { class: "card timeline" }, picture, key));
