@@ -21,7 +21,8 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a browser the tests that look at a page are not there."""
+    """The longest first, so that all processes end together. Without a browser the tests of a page are not there."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
     if shutil.which("chromium") and shutil.which("chromedriver"):
         return
     gone = [item for item in items if item.get_closest_marker("browser")]

@@ -186,6 +186,8 @@ class TrainerConfig(BaseConfig):
     """Upper bound for rows x padded length of one forward pass of one process; gradients accumulate over them."""
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
     """bf16: the passes run on a copy of the weights in bf16; weights, sums of gradients and optimizer stay in fp32."""
+    share_prompts: Announced[bool] = True
+    """Compute a short prompt that several sequences have in common once, if the model's attention is plain."""
     activation_checkpointing: Announced[Literal["none", "full"]] = "none"
     """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass."""
     compile: Announced[bool] = False

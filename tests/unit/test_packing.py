@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratchet.trainer.packing import Example, micro_batches, split
+from ratchet.trainer.packing import Example, micro_batches, share_prompts, split
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=50)
 
@@ -31,7 +31,7 @@ def test_the_ranks_share_every_trained_token_once(lengths, budget, ranks, few_sh
     examples = [example(100 * i, n + 1) for i, n in enumerate(lengths)]
     shares = [micro_batches(examples, budget, rank, ranks, few_shapes=few_shapes) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1  # collectives need the same number everywhere
-    targets = np.concatenate([m.targets_BT[m.mask_BT] for share in shares for m in share])
+    targets = np.concatenate([m.targets_N for share in shares for m in share])
     assert sorted(targets) == sorted(t for e in examples for t in e.token_ids[1:])
 
 
@@ -48,9 +48,9 @@ def test_of_few_shapes_is_what_is_compiled(lengths, budget):
 
 def test_targets_behaviour_and_advantage_belong_to_the_next_token():
     (micro,) = micro_batches([example(10, 3), example(20, 2)], budget=100, rank=0, ranks=1)
-    assert micro.inputs_BT[micro.mask_BT].tolist() == [10, 11, 20]
-    assert micro.targets_BT.tolist() == [[11, 12], [21, 0]]
-    assert micro.mask_BT.tolist() == [[True, True], [True, False]]
+    assert micro.inputs_BT.tolist() == [[10, 11], [20, 0]]
+    assert micro.cells_N.tolist() == [0, 1, 2]
+    assert micro.targets_N.tolist() == [11, 12, 21]
     assert micro.behaviour_N.tolist() == [-11.0, -12.0, -21.0]
     assert micro.advantages_N.tolist() == [10.0, 10.0, 20.0]
 
@@ -59,3 +59,58 @@ def test_a_sample_without_trained_tokens_costs_no_forward_pass():
     silent = Example([1, 2, 3], [True, False, False])
     (micro,) = micro_batches([silent, example(10, 2)], budget=100, rank=0, ranks=1)
     assert micro.inputs_BT.tolist() == [[10]]
+
+
+def rollout(prompt, completion, advantage=0.0):
+    ids = [*prompt, *completion]
+    mask = [False] * len(prompt) + [True] * len(completion)
+    return Example(ids, mask, [-float(token) for token in ids], advantage)
+
+
+def test_three_rollouts_of_one_prompt_are_one_row():
+    rollouts = [rollout([1, 2, 3, 4], c, a) for c, a in (([5, 6, 7], 0.5), ([8], -1.0), ([9, 10], 2.0))]
+    (micro,) = micro_batches(rollouts, 100, 0, 1, shares_prompts=True)
+    assert micro.inputs_BT.tolist() == [[1, 2, 3, 4, 5, 6, 9]]
+    assert micro.branches is not None
+    assert micro.branches.positions_BT.tolist() == [[0, 1, 2, 3, 4, 5, 4]]
+    assert micro.branches.owners_BT.tolist() == [[0, 0, 0, 0, 1, 1, 3]]
+    assert micro.cells_N.tolist() == [3, 4, 5, 3, 3, 6]  # the prompt's last cell has three next tokens
+    assert micro.targets_N.tolist() == [5, 6, 7, 8, 9, 10]
+    assert micro.behaviour_N.tolist() == [-5.0, -6.0, -7.0, -8.0, -9.0, -10.0]
+    assert micro.advantages_N.tolist() == [0.5, 0.5, 0.5, -1.0, 2.0, 2.0]
+
+
+def test_prompts_that_differ_are_rows_of_their_own():
+    rollouts = [rollout([1, 2], [3, 4]), rollout([1, 9], [3, 4])]
+    (micro,) = micro_batches(rollouts, 100, 0, 1, shares_prompts=True)
+    assert micro.branches is None
+    assert micro.inputs_BT.tolist() == [[1, 2, 3], [1, 9, 3]]
+
+
+def test_what_an_environment_said_between_two_turns_belongs_to_its_rollout():
+    turns = Example([1, 2, 3, 7, 8, 4], [False, False, True, False, False, True])
+    (micro,) = micro_batches([turns, rollout([1, 2], [5])], 100, 0, 1, shares_prompts=True)
+    assert micro.inputs_BT.tolist() == [[1, 2, 3, 7, 8]]
+    assert (micro.cells_N.tolist(), micro.targets_N.tolist()) == ([1, 4, 1], [3, 4, 5])
+
+
+prompts = st.lists(st.integers(1, 12), min_size=1, max_size=4)
+completions = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=40)
+
+
+@given(prompts, completions, st.integers(1, 200))
+def test_shared_rows_hold_every_rollout_once_and_are_not_much_wider_than_their_prompt(prompts, drawn, budget):
+    rollouts = [
+        rollout(range(100 * (which % len(prompts)), 100 * (which % len(prompts)) + prompts[which % len(prompts)]),
+                range(1000 * i + 1000, 1000 * i + 1000 + length))
+        for i, (which, length) in enumerate(drawn)
+    ]  # fmt: skip
+    rows = share_prompts(rollouts, budget)
+    assert sorted(id(e) for row in rows for e in row.examples) == sorted(id(e) for e in rollouts)
+    for row in rows:
+        assert len({e.prompt for e in row.examples}) == 1
+        if len(row.examples) > 1:
+            assert row.width <= min(budget, 6 * row.trunk)
+            assert row.trunk == len(row.examples[0].prompt)
+        else:
+            assert row.width == len(row.examples[0].token_ids) - 1

@@ -115,6 +115,7 @@ async def _serve(
             log_config=None,
             access_log=False,
             lifespan="off",
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,

@@ -85,11 +85,19 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls. Rows are padded at the right, so there is no mask."""
-    assert attention_mask is None
-    if query.shape[2] < SHORTEST:
+    """The attention function that transformers calls. Rows are padded at the right, so there is no mask, but where rows
+    share a prompt."""
+    if attention_mask is not None or query.shape[2] < SHORTEST:
+        is_causal = attention_mask is None
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, is_causal=True
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            is_causal=is_causal,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _flex(query, key, value, sliding_window, scale).transpose(1, 2).contiguous(), None

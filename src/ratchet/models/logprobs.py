@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ratchet.errors import Refusal
+from ratchet.models import branches
+from ratchet.models.branches import BranchTensors
 
 # Settings by which some models transform the head's output; `Policy` applies the head alone.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -32,14 +34,21 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(
-        self, inputs_BT: torch.Tensor, cells_N: torch.Tensor, targets_N: torch.Tensor, temperature: float
+        self,
+        inputs_BT: torch.Tensor,
+        cells_N: torch.Tensor,
+        targets_N: torch.Tensor,
+        temperature: float,
+        shared: BranchTensors | None = None,
     ) -> torch.Tensor:
-        """Log-probability of each target, given what its cell (row * T + position) and those before it hold.
+        """Log-probability of each target, given what its cell (row * T + column) and those that it sees hold.
 
-        Rows are padded at the right; causal attention makes the padding invisible to the tokens before it.
+        Rows are padded at the right; causal attention makes the padding invisible to the tokens before it. Where
+        rows hold several sequences that share a beginning, `shared` says which cell belongs to which.
         Shapes: (B, T) int64, (N,) int64, (N,) int64 -> (N,) float32
         """
-        hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        seen = {} if shared is None else branches.inputs(self.model, *shared)
+        hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False, **seen).last_hidden_state
         return head_logprobs(
             self.model.get_output_embeddings(), hidden_BTD.flatten(0, 1), cells_N, targets_N, temperature
         )
@@ -109,7 +118,7 @@ class HeadLogprobs(torch.autograd.Function):
             slope_CV = slope_CV.to(weight_VD.dtype)
             del logits_CV
             if hidden_grad_MD is not None:
-                hidden_grad_MD.index_copy_(0, cells, slope_CV @ weight_VD)
+                hidden_grad_MD.index_add_(0, cells, slope_CV @ weight_VD)  # a cell may have several targets
             if weight_grad_VD is not None:
                 weight_grad_VD += slope_CV.t() @ hidden_CD
         whole = None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype)

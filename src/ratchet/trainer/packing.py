@@ -1,16 +1,27 @@
 """From samples of any length to micro-batches: a pure function of the lengths, the budget and the ranks.
 
-Rows are padded at the right and sorted by length, so that little is padded; each micro-batch holds at most
-`budget` cells. Where each shape costs a compilation, rows and widths are filled up to powers of two. Needs no torch.
+    examples ─► rows, where sequences that begin alike share their beginning ─► micro-batches of rows of similar width
+
+Rows are padded at the right and sorted by width, so that little is padded; each micro-batch holds at most `budget`
+cells. Where each shape costs a compilation, rows and widths are filled up to powers of two. Needs no torch.
+
+    a row of three rollouts of one task:   p p p p a a b b b b c c c
+    what `a` and `c` see of it:            p p p p a a         and  p p p p             c c c
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 _NARROWEST = 16
 """Width of a micro-batch of few shapes, at least."""
+_BRANCHING_AT_MOST = 5
+"""Cells of a row behind its common beginning, as a multiple of that: attention is computed between all cells of a row,
+also those that do not see each other."""
+_WIDEST_SHARED = 1024
+"""Inputs of a row of several sequences: its mask is dense."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +38,52 @@ class Example:
         """Tokens that count in the loss: the first one has nothing before it."""
         return sum(self.mask[1:])
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What lies before the first token that counts."""
+        learnt = (i for i, is_learnt in enumerate(self.mask) if is_learnt and i > 0)
+        return tuple(self.token_ids[: next(learnt, len(self.mask))])
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sequences of which the first `trunk` tokens are the same and stand there once; or one sequence, and no trunk."""
+
+    examples: tuple[Example, ...]
+    trunk: int = 0
+
+    @property
+    def width(self) -> int:
+        """Inputs: the last token of a sequence is a target only."""
+        return self.trunk + sum(_branch(example, self.trunk) for example in self.examples)
+
+
+class Branches(NamedTuple):
+    """What a model must be told about rows that share a beginning.
+
+    Shapes: positions_BT, owners_BT int64. Owner 0 is the trunk, which all later cells of its row see; the others
+    see each other only where their owners are equal.
+    """
+
+    positions_BT: np.ndarray
+    owners_BT: np.ndarray
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass, shifted for next-token prediction.
 
-    Shapes: inputs_BT, targets_BT int64; mask_BT bool; behaviour_N, advantages_N float32, for the N targets that
-    the mask selects in row-major order.
+    Shapes: inputs_BT int64. Of each of N tokens that count: cells_N int64, where its predecessor is (row * T + column;
+    sequences that share a beginning share its last cell); targets_N int64; behaviour_N, advantages_N float32.
     """
 
     inputs_BT: np.ndarray
-    targets_BT: np.ndarray
-    mask_BT: np.ndarray
+    cells_N: np.ndarray
+    targets_N: np.ndarray
     behaviour_N: np.ndarray
     advantages_N: np.ndarray
-
-    @property
-    def cells_N(self) -> np.ndarray:
-        """Where the N inputs are whose next token counts: row * T + position. Worked out here, because asking
-        the device would make it wait for everything before."""
-        return np.flatnonzero(self.mask_BT)
-
-    @property
-    def targets_N(self) -> np.ndarray:
-        return self.targets_BT[self.mask_BT]
+    branches: Branches | None
+    """None where each row is one sequence: plain causal attention."""
 
 
 def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -65,21 +98,59 @@ def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def share_prompts(examples: Iterable[Example], budget: int) -> list[Row]:
+    """Rows of sequences whose prompts are equal, in the order in which prompts appear, none wider than the budget."""
+    by_prompt: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt, []).append(example)
+    return [row for prompt, same in by_prompt.items() for row in _fill(same, len(prompt), budget)]
+
+
+def _fill(examples: list[Example], trunk: int, budget: int) -> list[Row]:
+    """As few rows as `_BRANCHING_AT_MOST` and the budget allow, about equally wide."""
+    room = min(_BRANCHING_AT_MOST * trunk, min(budget, _WIDEST_SHARED) - trunk)
+    cells = sum(_branch(example, trunk) for example in examples)
+    rows = -(-cells // max(room, 1))
+    fair = max(1, -(-cells // max(rows, 1)))
+    filled: list[list[Example]] = []
+    used = 0
+    for example in examples:
+        size = _branch(example, trunk)
+        if not filled or (size and used >= fair) or used + size > room:
+            filled.append([])
+            used = 0
+        filled[-1].append(example)
+        used += size
+    return [Row(tuple(row), trunk if len(row) > 1 else 0) for row in filled]
+
+
 def micro_batches(
-    examples: Sequence[Example], budget: int, rank: int, ranks: int, *, few_shapes: bool = False
+    examples: Sequence[Example],
+    budget: int,
+    rank: int,
+    ranks: int,
+    *,
+    few_shapes: bool = False,
+    shares_prompts: bool = False,
 ) -> list[MicroBatch]:
     """This rank's share of a step. Every rank gets the same number, filled up with rows that count nothing."""
     useful = [e for e in examples if e.trained_tokens]
-    lengths = [len(e.token_ids) - 1 for e in useful]
-    groups = split([_width(n) for n in lengths] if few_shapes else lengths, budget)
+    rows = share_prompts(useful, budget) if shares_prompts else [Row((e,)) for e in useful]
+    widths = [row.width for row in rows]
+    groups = split([_width(n) for n in widths] if few_shapes else widths, budget)
     if len(groups) < ranks:  # one pass would do, but every rank should have its part of it
         order = [index for group in groups for index in group]
         groups = [part for part in (order[i::ranks] for i in range(ranks)) if part]
-    mine = [[useful[i] for i in group] for group in groups[rank::ranks]]
+    mine = [[rows[i] for i in group] for group in groups[rank::ranks]]
     most = -(-len(groups) // ranks)
-    filler = [Example(useful[0].token_ids[:2], [False, False], [0.0, 0.0])] if useful else []
+    filler = [Row((Example(useful[0].token_ids[:2], [False, False], [0.0, 0.0]),))] if useful else []
     shares = [*mine, *[filler] * (most - len(mine))]
     return [_collate(rows, *_shape(rows, budget, few_shapes=few_shapes)) for rows in shares]
+
+
+def _branch(example: Example, trunk: int) -> int:
+    """Inputs of a sequence behind the trunk."""
+    return len(example.token_ids) - 1 - trunk
 
 
 def _power_of_two(size: int) -> int:
@@ -90,32 +161,38 @@ def _width(length: int) -> int:
     return max(_NARROWEST, _power_of_two(length))
 
 
-def _shape(rows: Sequence[Example], budget: int, *, few_shapes: bool) -> tuple[int, int]:
+def _shape(rows: Sequence[Row], budget: int, *, few_shapes: bool) -> tuple[int, int]:
     """Rows and inputs a row; of few shapes within the budget, as far as what is there fits in it."""
-    height, width = len(rows), max(len(row.token_ids) for row in rows) - 1
+    height, width = len(rows), max(row.width for row in rows)
     if not few_shapes:
         return height, width
     width = _width(width)
     return max(height, min(_power_of_two(height), budget // width)), width
 
 
-def _collate(rows: Sequence[Example], height: int, width: int) -> MicroBatch:
-    ids = np.zeros((height, width + 1), dtype=np.int64)
-    mask = np.zeros((height, width + 1), dtype=bool)
-    behaviour = np.zeros((height, width + 1), dtype=np.float32)
+def _collate(rows: Sequence[Row], height: int, width: int) -> MicroBatch:
+    inputs, positions, owners = (np.zeros((height, width), dtype=np.int64) for _ in range(3))
+    cells, targets, behaviour, advantages = [], [], [], []
     for i, row in enumerate(rows):
-        length = len(row.token_ids)
-        ids[i, :length] = row.token_ids
-        mask[i, :length] = row.mask
-        if row.logprobs is not None:
-            behaviour[i, :length] = row.logprobs
-    mask_BT = mask[:, 1:]
-    advantages = np.zeros(height, dtype=np.float32)
-    advantages[: len(rows)] = [row.advantage for row in rows]
+        begin = row.trunk
+        for owner, example in enumerate(row.examples, start=1):
+            ids, learnt = np.asarray(example.token_ids), np.asarray(example.mask)[1:]
+            at = np.arange(len(ids) - 1)
+            column = np.where(at < row.trunk, at, begin + at - row.trunk)
+            inputs[i, column] = ids[:-1]
+            positions[i, column] = at
+            owners[i, column[row.trunk :]] = owner
+            begin += _branch(example, row.trunk)
+            cells.append(i * width + column[learnt])
+            targets.append(ids[1:][learnt])
+            logprobs = np.zeros(len(ids)) if example.logprobs is None else np.asarray(example.logprobs)
+            behaviour.append(logprobs[1:][learnt])
+            advantages.append(np.full(int(learnt.sum()), example.advantage))
     return MicroBatch(
-        inputs_BT=ids[:, :-1],
-        targets_BT=ids[:, 1:],
-        mask_BT=mask_BT,
-        behaviour_N=behaviour[:, 1:][mask_BT],
-        advantages_N=np.broadcast_to(advantages[:, None], mask_BT.shape)[mask_BT],
+        inputs_BT=inputs,
+        cells_N=np.concatenate(cells).astype(np.int64),
+        targets_N=np.concatenate(targets).astype(np.int64),
+        behaviour_N=np.concatenate(behaviour).astype(np.float32),
+        advantages_N=np.concatenate(advantages).astype(np.float32),
+        branches=Branches(positions, owners) if any(len(row.examples) > 1 for row in rows) else None,
     )

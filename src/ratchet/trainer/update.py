@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
-from ratchet.models import attention
+from ratchet.models import attention, branches
 from ratchet.models.logprobs import Policy
 from ratchet.rng import derive
 from ratchet.trainer import loss, packing
@@ -41,13 +41,8 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     attention.choose(model, world.device, dtype)
     policy = shard(model, config.trainer, world)
     optimizer = Optimizer(model, config.trainer.optim)
-    return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copied without waiting for what the device is doing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    shares_prompts = config.trainer.share_prompts and not config.trainer.compile and branches.are_known(model)
+    return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed, shares_prompts)
 
 
 @dataclass
@@ -60,6 +55,7 @@ class Updater:
     config: TrainerConfig
     loss: LossFunction
     seed: int
+    shares_prompts: bool
 
     def update(self, batch: Batch, step: int, factor: float) -> dict[str, float]:
         """Train on one batch at `factor` times the peak learning rate; returns the figures of the step.
@@ -74,6 +70,7 @@ class Updater:
             self.world.rank,
             self.world.size,
             few_shapes=self.config.compile,
+            shares_prompts=self.shares_prompts,
         )
         tokens = batch.trained_tokens
         sums = [
@@ -100,18 +97,19 @@ class Updater:
         """Add one micro-batch's gradient; gradients are reduced across the ranks with the last one."""
         assert isinstance(self.policy, FSDPModule)
         self.policy.set_requires_gradient_sync(is_last)
-        inputs_BT, cells_N, targets_N, behaviour_N, advantages_N = (
-            to_device(array, self.world.device)
-            for array in (
-                part.inputs_BT,
-                part.cells_N,
-                part.targets_N,
-                part.behaviour_N,
-                part.advantages_N,
-            )
+        inputs_BT, cells_N, targets_N, behaviour_N, advantages_N = self._to_device(
+            part.inputs_BT, part.cells_N, part.targets_N, part.behaviour_N, part.advantages_N
         )
-        logprobs_N = self.policy(inputs_BT, cells_N, targets_N, temperature)
+        shared = part.branches and self._to_device(*part.branches)
+        logprobs_N = self.policy(inputs_BT, cells_N, targets_N, temperature, shared)
         result = self.loss(logprobs_N, behaviour_N, advantages_N)
         # FSDP averages over the ranks; the loss is a mean over tokens, so the average is undone.
         (result.loss * (self.world.size / tokens)).backward()
         return {"loss": result.loss.detach(), **result.metrics}
+
+    def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Copied without waiting for what the device is doing."""
+        tensors = tuple(torch.from_numpy(array) for array in arrays)
+        if self.world.device.type != "cuda":
+            return tensors
+        return tuple(tensor.pin_memory().to(self.world.device, non_blocking=True) for tensor in tensors)
