@@ -93,10 +93,10 @@ def _tell(error: Exception) -> tuple[int, str] | None:
         return error.exit_code, str(error)
     if not isinstance(error, OSError):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             EXIT_SAVE_FAILED,
-            f"The disk is full ({reason(error)}): make room, then run the same command again.",
+            f"No more can be written ({reason(error)}): make room, then run the same command again.",
         )
     if stage is not None and is_about(error, stage.paths.root):
         return EXIT_SAVE_FAILED, (

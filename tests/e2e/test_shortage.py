@@ -131,3 +131,32 @@ def test_a_second_launcher_on_one_directory_is_refused_and_disturbs_nothing(tmp_
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert len(list((tmp_path / "attempts").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_policy_that_cannot_be_published_ends_the_run_although_no_batch_comes(tmp_path):
+    """It is written beside the next step, which would wait for ever: the orchestrator has no policy to sample with."""
+    command = (
+        *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),
+        *(
+            "--model.random-init",
+            "--inference.slots",
+            "16",
+            "--max-steps",
+            "40",
+            "--launch.max-restarts",
+            "0",
+        ),
+        *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4", "--ckpt.interval", "30"),
+        *("--orchestrator.sampling.max-tokens", "6", "--output-dir", tmp_path),
+    )
+    process = start("rl", *command)
+    wait_until(lambda: last_step(tmp_path) >= 1, process=process)
+    limit(tmp_path, 500_000)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 74, output
+    assert "make room" in output
+    assert not processes_of(tmp_path)
+    assert last_step(tmp_path) < 30
+    run("rl", *command)
+    assert last_step(tmp_path) == 40

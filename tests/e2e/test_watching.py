@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from programs import BIN, ROOT, TINY_SFT, environment, kill, last_step, processes_of, run, start, wait_until
+from programs import BIN, ROOT, TINY_SFT, environment, last_step, run
 from ratchet import metrics, timeline
 from ratchet.paths import RunPaths
 
@@ -19,17 +19,15 @@ RL = (
     *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4"),
     *("--orchestrator.sampling.max-tokens", "6", "--orchestrator.eval.tasks", "8"),
     *("--orchestrator.eval.interval", "3", "--ckpt.interval", "2", "--ckpt.save-async"),
+    *("--launch.max-restarts", "0"),
 )
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Killed after step 3, resumed to 6, rolled back to 4 and trained to 6 again: three attempts."""
+    """Killed inside the save of step 4, resumed at 2 to 6, rolled back to 4 and trained to 6 again: three attempts."""
     root = tmp_path_factory.mktemp("watching") / "run"
-    process = start("rl", *RL, "--output-dir", root)
-    wait_until(lambda: last_step(root) >= 3, process=process)
-    kill(process)
-    wait_until(lambda: not processes_of(root))
+    run("rl", *RL, "--output-dir", root, code=1, RATCHET_CRASH_AT="checkpoint.before_shards:2")
     run("rl", *RL, "--output-dir", root)
     run("rl", *RL, "--output-dir", root, "--ckpt.resume-step", "4")
     return root
@@ -137,7 +135,11 @@ def test_the_report_at_exit_shows_the_kill_the_resume_and_the_rollback(root):
     assert [mark["text"] for mark in one["marks"]] == ["attempt 2 resumed", "attempt 3 went back"]
     assert one["marks"][1]["step"] == 4
     assert one["series"]["loss"]["x"] == [1, 2, 3, 4, 5, 6]
-    assert [attempt["outcome"] for attempt in one["attempts"]] == ["open", "complete", "complete"]
+    assert [attempt["outcome"] for attempt in one["attempts"]] == [
+        "trainer was killed by signal 9",
+        "complete",
+        "complete",
+    ]
     assert [line["step"] for line in one["ledger"]] == list(range(6))
     assert {span[5] for span in one["timeline"]["spans"]} == {1, 2, 3}
     rollout = one["rollouts"][0]

@@ -1,11 +1,14 @@
 """Models in and out: built from a config and a seed, loaded as Hugging Face models, saved as such."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -66,13 +69,10 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) 
     """Write a directory that `from_pretrained` and vLLM load: weights, config, tokenizer and chat template.
 
     The bytes are a function of the tensors and of the source's files, so equal policies have equal digests.
+    Raises: OSError
     """
     source = source_directory(model)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        directory / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    _write_tensors(directory / WEIGHTS, tensors)
     config = read_config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -82,3 +82,17 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) 
         origin = source if name == "generation_config.json" else tokenizer
         if name != "config.json" and (origin / name).exists():
             shutil.copyfile(origin / name, directory / name)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises: OSError, also for what safetensors tells as an error of its own"""
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        )
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error

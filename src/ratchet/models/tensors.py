@@ -48,7 +48,7 @@ def read(directory: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str,
 
 
 def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
-    """Every parameter and saved buffer, whole and on the CPU; tied ones appear once.
+    """A copy of every parameter and saved buffer, whole and on the CPU; tied ones appear once.
 
     All ranks call it, because shards are gathered; those that do not keep the result copy nothing to the host.
     """
@@ -59,7 +59,7 @@ def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, t
     for name, value in state.items():
         tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
         if is_kept:
-            whole[name] = tensor.detach().cpu()
+            whole[name] = tensor.detach().to("cpu", copy=True)
     return whole
 
 

@@ -112,6 +112,7 @@ def timeline_facts(paths: RunPaths) -> dict[str, Any]:
 _LANES = {
     ("orchestrator", "generate"): "generation",
     ("orchestrator", "eval"): "evaluation",
+    ("trainer", "publish"): "policies",
     ("trainer", "copy"): "checkpoint",
     ("trainer", "save"): "checkpoint",
 }

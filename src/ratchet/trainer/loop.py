@@ -1,5 +1,6 @@
 """The trainer's story: restore, then read, update, record, publish, save, one step after the other."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -46,8 +47,8 @@ class Trainer:
         self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._on_commit)
         self._mirror = Uploader.of(assignment) if world.is_first else None
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
-        self._publisher = Publisher(assignment, world)
-        self._source = open_source(self._config, assignment.paths, is_stopping)
+        self._publisher = Publisher(assignment, world, self._timeline)
+        self._source = open_source(self._config, assignment.paths, self._is_interrupted)
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
         self._timeline.add("start", assignment.plan.step, time.perf_counter() - opened)
@@ -63,6 +64,7 @@ class Trainer:
         except Fenced:
             raise
         except BaseException:
+            self._publisher.settle()
             self._checkpointer.settle()
             raise
 
@@ -85,6 +87,7 @@ class Trainer:
             self._checkpointer.poll()
             if self._is_due():
                 self._save()
+        self._publisher.wait()
         self._checkpointer.close()
         # A trainer that died between its last commit and the retention left this to the next one.
         self._retain(self._step)
@@ -92,7 +95,12 @@ class Trainer:
 
     def _may_go_on(self, step: int) -> bool:
         """Rank 0 decides for all, so that all stop at the same step."""
-        return not self._is_stopping() and self._source.wait(step)
+        return not self._is_interrupted() and self._source.wait(step)
+
+    def _is_interrupted(self) -> bool:
+        """Whether this trainer is asked to stop. Raises: what publishing failed of: no batch comes without a policy"""
+        self._publisher.poll()
+        return self._is_stopping()
 
     def _factor(self, step: int) -> float:
         return schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
@@ -114,13 +122,10 @@ class Trainer:
         metrics.append(self._assignment.stage, self._assignment.paths.metric("trainer"), row)
 
     def _publish(self, batch: Batch) -> None:
-        """RL publishes every policy, SFT those of its checkpoints."""
+        """RL publishes every policy, SFT those of its checkpoints. A checkpoint waits for its policy."""
         if isinstance(self._config, RLConfig):
-            with self._timeline.phase("publish", self._step):
-                self._publisher.publish(self._state.model, self._step)
             self._oldest_served = batch.oldest_served or 0
-            if self._world.is_first:
-                self._prune(self._step)
+            self._publisher.publish(self._state.model, self._step, functools.partial(self._prune, self._step))
         elif self._is_due() or self._step == self._config.max_steps:
             self._publisher.publish(self._state.model, self._step)
 
@@ -129,6 +134,7 @@ class Trainer:
         return ckpt is not None and ckpt.is_due(self._step, self._config.max_steps)
 
     def _save(self) -> None:
+        self._publisher.wait()
         started = time.perf_counter()
         self._checkpointer.save(self._state)
         LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
@@ -168,6 +174,7 @@ class Trainer:
 
     def _stop(self) -> None:
         """Asked to stop before an update: save policy k where checkpoints are on. Raises: Stopped"""
+        self._publisher.wait()
         if self._config.ckpt is not None and self._step > 0:
             if isinstance(self._config, SFTConfig):
                 self._publisher.publish(self._state.model, self._step)

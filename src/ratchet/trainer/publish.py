@@ -1,5 +1,15 @@
-"""Publish the policy after `step` updates as weights/step_{step}."""
+"""Publish the policy after `step` updates as weights/step_{step}.
 
+    main thread      gather to host memory ─► next step
+    publish thread   write ─► hash ─► commit ─► what older policies held may go
+
+Policies are published one after the other: each waits for the one before it.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
 from transformers import PreTrainedModel
 
 from ratchet import durable, weights
@@ -7,32 +17,72 @@ from ratchet.attempts import Assignment
 from ratchet.log import LOGGER
 from ratchet.models import adapters, build
 from ratchet.models.tensors import full_tensors
+from ratchet.timeline import Timeline
 from ratchet.trainer.world import World
 
 
 class Publisher:
-    """Writes policies; the same content under the same name is a no-op."""
+    """Writes policies beside the training; the same content under the same name is a no-op."""
 
-    def __init__(self, assignment: Assignment, world: World) -> None:
+    def __init__(self, assignment: Assignment, world: World, timeline: Timeline) -> None:
         self._assignment = assignment
         self._world = world
+        self._timeline = timeline
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self._was_said = False
 
-    def publish(self, model: PreTrainedModel, step: int) -> None:
+    def publish(
+        self, model: PreTrainedModel, step: int, on_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin to publish; `on_commit` runs in the thread that does it. Every rank calls this: shards are gathered.
+
+        Waits for: the policy before this one.
+        Raises: what that one failed of.
+        """
+        self.wait()
         tensors = full_tensors(model, is_kept=self._world.is_first)
         if not self._world.is_first:
             return
-        stage, attempt, config = (
-            self._assignment.stage,
-            self._assignment.attempt,
-            self._assignment.config.model,
-        )
+        config = self._assignment.config.model
         if config.lora is not None:
             tensors = adapters.merged(tensors, config.lora)
+        self._thread = threading.Thread(
+            target=self._run, args=(tensors, step, on_commit), name=f"publish-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise what publishing has failed of, if it has, without waiting for it."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait until what was begun is published. Raises: what it failed of"""
+        self.settle()
+        self.poll()
+
+    def settle(self) -> None:
+        """Let what was begun end, before a crash that has nothing to do with it ends the process."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, tensors: dict[str, torch.Tensor], step: int, on_commit: Callable[[], None]) -> None:
+        try:
+            with self._timeline.phase("publish", step):
+                self._write(tensors, step)
+            on_commit()
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        stage = self._assignment.stage
         directory = stage.begin(f"weights_{step}")
-        build.save(directory, tensors, config)
+        build.save(directory, tensors, self._assignment.config.model)
         self._make_room(step, durable.payload_digest(durable.seal(directory)))
-        weights.commit(stage, directory, step=step, attempt=attempt)
+        weights.commit(stage, directory, step=step, attempt=self._assignment.attempt)
 
     def _make_room(self, step: int, digest: str) -> None:
         """Move aside a policy of this step that has other content, or is damaged."""

@@ -222,14 +222,14 @@ function curvesSection() {
 }
 
 // ---- timeline -----------------------------------------------------------------------------------------------------
-const LANES = ["generation", "evaluation", "orchestrator", "trainer", "checkpoint"];
+const LANES = ["generation", "evaluation", "orchestrator", "trainer", "policies", "checkpoint"];
 const PHASES = {
   generate: ["rollouts in flight", "var(--c0)"], eval: ["evaluation", "var(--c2)"], batch: ["publishing a batch", "var(--c4)"], adopt: ["handing over a policy", "var(--c5)"],
   start: ["starting", "var(--faint)"], wait: ["waiting for a batch", "var(--chip)"], train: ["training", "var(--c1)"], publish: ["publishing a policy", "var(--c3)"],
   copy: ["staging a checkpoint", "var(--c5)"], save: ["writing a checkpoint", "var(--c2)"],
 };
 function timelineSection() {
-  return section("timeline", "Timeline", "What each program did when. Generation runs ahead while the trainer trains; a checkpoint is staged in the step and written behind it. Scroll or use the buttons to zoom, drag to move.", el("div", { id: "tl" }));
+  return section("timeline", "Timeline", "What each program did when. Generation runs ahead while the trainer trains; policies are published and checkpoints written beside the next step. Scroll or use the buttons to zoom, drag to move.", el("div", { id: "tl" }));
 }
 function drawTimeline() {
   const place = document.getElementById("tl"), line = RUNS[selected].timeline;
