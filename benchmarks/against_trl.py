@@ -46,6 +46,7 @@ name = "{model}"
 attention = "eager"
 [trainer]
 precision = "fp32"
+micro_batch_tokens = 2048
 [trainer.optim]
 lr = 1e-3
 weight_decay = 0.0
