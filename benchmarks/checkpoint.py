@@ -24,10 +24,10 @@ import torch
 
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import SFTConfig
-from ratchet.durable import Stage
 from ratchet.models.build import build
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch

@@ -34,6 +34,7 @@ from ratchet.inference.slots import SlotModel
 from ratchet.models import attention as own_attention
 from ratchet.models.build import build, save
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 from ratchet.trainer.packing import Example
 from ratchet.trainer.publish import full_tensors
 from ratchet.trainer.source import Batch
@@ -255,7 +256,7 @@ def publish(root: Path) -> None:
     paths = RunPaths(root / "run")
     for directory in (paths.staging, paths.weight(0).parent):
         directory.mkdir(parents=True, exist_ok=True)
-    stage = durable.Stage.open(paths, "benchmark")
+    stage = Stage.open(paths, "benchmark")
     ratios, rates = [], []
     for step in range(3):
         started = time.perf_counter()

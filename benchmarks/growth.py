@@ -26,12 +26,12 @@ import msgspec
 
 from ratchet import attempts, batchlog, checkpoint, durable, journal, ledger, metrics, weights
 from ratchet.config import CkptConfig, RLConfig
-from ratchet.durable import Stage
 from ratchet.journal import Entry, Journal
 from ratchet.launch.opening import Attempt, open_attempt
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.scheduler import Batch, EnvShare, Group, Rules, Scheduler
 from ratchet.records import Progress, Sample, VersionSpan
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 
 MODEL = Path("examples/reverse_text/model")

@@ -30,8 +30,8 @@ import aiohttp
 
 from ratchet import attempts, batchlog, checkpoint, metrics, weights
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.launch.opening import Attempt, open_attempt
+from ratchet.stage import Stage
 
 MODEL = Path("examples/reverse_text/model")
 DATA = Path("examples/reverse_text")

@@ -4,10 +4,10 @@ import numpy as np
 
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import SFTConfig
-from ratchet.durable import Stage
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 from ratchet.trainer import rows
 from ratchet.trainer.packing import Example

@@ -20,9 +20,10 @@ import msgspec
 
 from ratchet import config_io
 from ratchet.config import RLConfig, RunConfig, SFTConfig
-from ratchet.durable import Stage, hash_bytes
+from ratchet.durable import hash_bytes
 from ratchet.errors import Damaged, Refusal
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 RECORD = "record.json"
 KINDS: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rl": RLConfig}

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from ratchet import durable, process
-from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest, Sample
+from ratchet.stage import Stage
 
 SAMPLES = "samples.msgpack"
 STATE = "orchestrator.json"

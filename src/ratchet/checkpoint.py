@@ -13,9 +13,9 @@ from typing import Any
 
 from ratchet import batchlog, durable
 from ratchet.config import CkptConfig
-from ratchet.durable import Stage
 from ratchet.paths import RunPaths
 from ratchet.records import FileEntry, Manifest
+from ratchet.stage import Stage
 
 TRAINER = "trainer"
 ORCHESTRATOR = "orchestrator"

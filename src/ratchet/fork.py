@@ -12,9 +12,9 @@ import msgspec
 from ratchet import attempts, config_io, durable, ledger, metrics
 from ratchet.attempts import ForkedFrom, Outcome, Plan, Record
 from ratchet.config import RLConfig, RunConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_STOPPED, Refusal
 from ratchet.paths import RunPaths, step_name
+from ratchet.stage import Stage
 
 
 class Forked(msgspec.Struct, frozen=True):

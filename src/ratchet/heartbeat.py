@@ -20,9 +20,9 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from ratchet.durable import Stage
 from ratchet.errors import Fenced, RatchetError
 from ratchet.log import LOGGER
+from ratchet.stage import Stage
 
 NAME = "heartbeat"
 PERIOD_S = 1.0

@@ -20,10 +20,10 @@ import msgspec
 import xxhash
 
 from ratchet import durable
-from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 from ratchet.records import RolloutFailure, Sample
+from ratchet.stage import Stage
 
 MAGIC = b"ratchet journal 1\n"
 SEGMENT_BYTES = 4 << 20

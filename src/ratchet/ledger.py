@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 
 from ratchet import batchlog, durable
-from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 from ratchet.records import Progress, Sample
+from ratchet.stage import Stage
 
 _BLOCK_BYTES = 1 << 12
 

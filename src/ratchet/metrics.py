@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from ratchet.durable import Stage, fsync_path, hash_bytes
+from ratchet.durable import fsync_path, hash_bytes
+from ratchet.stage import Stage
 
 EXEMPT = ("time/", "perf/", "fault/")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_SAVE_FAILED, RatchetError
 from ratchet.log import LOGGER
+from ratchet.stage import Stage
 
 _PR_SET_PDEATHSIG = 1
 

@@ -15,9 +15,9 @@ import msgspec
 
 from ratchet import batchlog, durable, journal, ledger, metrics
 from ratchet.attempts import Plan
-from ratchet.durable import Stage
 from ratchet.errors import Damaged, Refusal
 from ratchet.paths import RunPaths, step_name
+from ratchet.stage import Stage
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.durable import Stage
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):

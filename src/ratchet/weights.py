@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from ratchet import durable
-from ratchet.durable import Stage
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest
+from ratchet.stage import Stage
 
 # What may differ between two files that describe the same network.
 _COSMETIC = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}

@@ -20,9 +20,9 @@ import torch
 
 from ratchet import rng, weights
 from ratchet.config import ModelConfig
-from ratchet.durable import Stage
 from ratchet.models.build import build, save
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 SLOTS = 4

@@ -10,8 +10,8 @@ from fake_inference import END
 
 from ratchet import attempts, batchlog, digest, durable, metrics, weights
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.launch.opening import open_attempt
+from ratchet.stage import Stage
 
 MODEL = Path(__file__).parents[2] / "examples" / "reverse_text" / "model"
 STEPS = 4
@@ -90,7 +90,7 @@ class Run:
         """Start an orchestrator; one that was killed before is fenced first."""
         if self.incarnation:
             token = attempts.token(self.record.attempt, "orchestrator", self.incarnation)
-            durable.revoke(self.paths, by=self.opened.stage, prefix=token)
+            self.opened.stage.revoke(token)
         self.incarnation += 1
         Stage.open(self.paths, attempts.token(self.record.attempt, "orchestrator", self.incarnation))
         self.trainer = self.trainer or asyncio.create_task(self.train())

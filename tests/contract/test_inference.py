@@ -35,10 +35,10 @@ from inference_server import (
 from ratchet import attempts, config_io, durable, weights
 from ratchet.attempts import Plan, Record
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.launch.program import child_environment
 from ratchet.launch.run import listen
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 ENDLESS = LONG - 3
 """Tokens that keep a slot busy for seconds."""

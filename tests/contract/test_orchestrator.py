@@ -12,7 +12,7 @@ import pytest
 from orchestrated import STEPS, Run, check_sample, complete, parts, settings
 
 from ratchet import attempts, batchlog, durable, journal
-from ratchet.durable import Stage
+from ratchet.stage import Stage
 
 
 async def test_a_run_emits_its_batches_and_plays_its_evaluations(here, server):
@@ -350,7 +350,7 @@ async def test_a_replaced_orchestrator_stops_without_publishing(here, server):
     token = attempts.token(run.record.attempt, "orchestrator", 1)
     while not (run.paths.staging / token).exists():
         await asyncio.sleep(0.01)
-    durable.revoke(run.paths, by=run.opened.stage, prefix=token)
+    run.opened.stage.revoke(token)
     code, said = await run.wait()
     await run.close()
     assert code == 76, said

@@ -14,6 +14,7 @@ import msgspec
 import toy
 
 from ratchet import attempts, batchlog, checkpoint, durable, journal, process
+from ratchet.stage import Stage
 
 
 def manifest_before_data():
@@ -30,7 +31,7 @@ def manifest_before_data():
         shutil.copytree(directory, target, dirs_exist_ok=True)
         return manifest
 
-    durable.Stage.commit = commit
+    Stage.commit = commit
 
 
 def no_hash():
@@ -53,7 +54,7 @@ def delete_in_place():
             durable.crash_point("remove.after_rename")
         shutil.rmtree(path, ignore_errors=True)
 
-    durable.Stage.remove = remove
+    Stage.remove = remove
 
 
 def cursor_ahead():
@@ -77,7 +78,7 @@ def no_lock():
 def no_fence():
     """Neither lock nor fence."""
     no_lock()
-    durable.revoke = lambda paths, by, prefix="": None
+    Stage.revoke = lambda self, prefix="": None
 
 
 def journal_not_asked():

@@ -10,10 +10,10 @@ from phases import KEEP_ALL, STEPS
 
 from ratchet import attempts, durable, journal
 from ratchet.audit import audit
-from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.journal import Journal
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 CASES = 500
 KINDS = {"checkpoints", "batches", "weights", "evals", "attempts", "ledger", "journal"}

@@ -20,10 +20,10 @@ import toy
 from phases import FLAGS, PHASES, STEPS, kill
 
 from ratchet import digest, durable, journal, ledger, resume
-from ratchet.durable import Stage
 from ratchet.errors import Damaged
 from ratchet.journal import Entry, Journal
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 STATES = 300
 CONTINUED = 8

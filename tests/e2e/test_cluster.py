@@ -17,6 +17,7 @@ from programs import BIN, TINY_SFT, last_step, processes_of, rows, run, run_dige
 from ratchet import attempts, digest, durable
 from ratchet.launch import cluster
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 SMALL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),
@@ -132,13 +133,13 @@ def test_an_address_is_found_only_in_the_attempt_whose_server_said_it(tmp_path):
     paths = RunPaths(tmp_path)
     paths.staging.mkdir()
     for token, url in (("003.inference.2", "http://a:1"), ("003.inference.10", "http://b:2")):
-        durable.Stage.open(paths, token)
+        Stage.open(paths, token)
         cluster.publish(paths, token, url)
-    durable.Stage.open(paths, "003.inference.11")  # it has not said anything yet
+    Stage.open(paths, "003.inference.11")  # it has not said anything yet
     assert cluster.find_address(paths, 3) == "http://b:2"
     assert cluster.find_address(paths, 30) is None
-    launcher = durable.Stage.open(paths, "004.launcher.0")
-    durable.revoke(paths, by=launcher)
+    launcher = Stage.open(paths, "004.launcher.0")
+    launcher.revoke()
     assert cluster.find_address(paths, 3) is None
 
 

@@ -12,14 +12,14 @@ import msgspec
 import pytest
 
 from programs import TINY_SFT, environment, last_step, processes_of, rows, run, run_digest, start, wait_until
-from ratchet import attempts, durable, metrics, resume
+from ratchet import attempts, metrics, resume
 from ratchet.attempts import token
 from ratchet.config import SFTConfig
 from ratchet.config_io import load
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_FENCED
 from ratchet.launch.opening import open_attempt
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 SMALL = (
     *("@", "examples/reverse_text/rl.toml", "--model.name", "examples/reverse_text/model"),
@@ -155,7 +155,7 @@ def test_a_replaced_trainer_that_wakes_up_inside_a_save_publishes_nothing_and_ex
     old = spawn(stage, 1)
     wait_until(lambda: list(opened.paths.staging.glob("001.trainer.1/*-checkpoint_4")))
     old.send_signal(signal.SIGSTOP)
-    durable.revoke(opened.paths, by=stage, prefix="001.trainer.")
+    stage.revoke("001.trainer.")
     plan = resume.decide_trainer(opened.paths, "sft")
     restart = attempts.Restart(role="trainer", incarnation=2, reason="frozen", plan=plan)
     attempts.write(stage, msgspec.structs.replace(opened.record, restarts=(restart,)))

@@ -5,9 +5,9 @@ import pytest
 
 from ratchet import batchlog, ledger, metrics
 from ratchet.audit import audit
-from ratchet.durable import Stage
 from ratchet.paths import RunPaths
 from ratchet.records import Sample
+from ratchet.stage import Stage
 
 HELD = {
     "running": [{"draw": 3, "env": "b", "count": 1, "row": 0}],

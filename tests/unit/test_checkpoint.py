@@ -4,9 +4,9 @@ import pytest
 
 from ratchet import checkpoint, durable
 from ratchet.config import CkptConfig
-from ratchet.durable import Stage
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest
+from ratchet.stage import Stage
 
 
 @pytest.fixture

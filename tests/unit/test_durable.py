@@ -5,10 +5,10 @@ import os
 import pytest
 
 from ratchet import durable
-from ratchet.durable import Stage
 from ratchet.errors import Damaged, Fenced, RatchetError
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest
+from ratchet.stage import GATE, Stage
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_revoked_process_can_publish_delete_and_append_nothing(stage, paths):
     (staged / "shard").write_bytes(b"x")
     manifest = Manifest(kind="checkpoint", step=4, attempt=1, files=tuple(durable.seal(staged)))
     successor = Stage.open(paths, "002.launcher.0")
-    durable.revoke(paths, by=successor)
+    successor.revoke()
 
     for attempt in (
         lambda: stage.commit(staged, paths.checkpoint(4), manifest),
@@ -124,7 +124,7 @@ def test_removal_leaves_no_half_of_a_directory_under_its_name(stage):
     publish(stage, 3)
     stage.remove(stage.paths.checkpoint(3))
     assert not stage.paths.checkpoint(3).exists()
-    assert os.listdir(stage.directory) == [durable.GATE]
+    assert os.listdir(stage.directory) == [GATE]
     stage.remove(stage.paths.checkpoint(3))
 
 
@@ -141,7 +141,7 @@ def test_a_library_that_makes_missing_directories_does_not_bring_a_revoked_works
     publish(stage, 3)
     stage.create(rows, b"{}\n")
     directory = stage.begin("checkpoint_4")
-    durable.revoke(paths, by=Stage.open(paths, "001.launcher.0"))
+    Stage.open(paths, "001.launcher.0").revoke()
     (directory / "trainer").mkdir(parents=True)
     (directory / "trainer" / "shard").write_bytes(b"late")
     attempts = {

@@ -3,9 +3,9 @@
 import pytest
 
 from ratchet import durable, weights
-from ratchet.durable import Stage
 from ratchet.orchestrator import evals
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from ratchet import durable, heartbeat
-from ratchet.durable import Stage
+from ratchet import heartbeat
 from ratchet.errors import EXIT_FENCED, Fenced
 from ratchet.heartbeat import Heartbeat
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 
 @pytest.fixture
@@ -63,9 +63,7 @@ async def test_what_is_asked_and_does_not_answer_is_late_although_the_loop_turns
 
 
 def test_a_process_that_was_replaced_before_it_began_does_not_begin(stage, tmp_path):
-    durable.revoke(
-        RunPaths(tmp_path), by=Stage.open(RunPaths(tmp_path), "001.launcher.0"), prefix="001.trainer."
-    )
+    Stage.open(RunPaths(tmp_path), "001.launcher.0").revoke("001.trainer.")
     with pytest.raises(Fenced):
         Heartbeat(stage).start()
 
@@ -73,14 +71,14 @@ def test_a_process_that_was_replaced_before_it_began_does_not_begin(stage, tmp_p
 def test_a_process_that_is_replaced_ends_by_itself_whatever_it_does(stage, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from ratchet import heartbeat\n"
-        "from ratchet.durable import Stage; from ratchet.paths import RunPaths\n"
+        "from ratchet.stage import Stage; from ratchet.paths import RunPaths\n"
         f"heartbeat.start(Stage(RunPaths(Path({str(tmp_path)!r})), '001.trainer.1'))\n"
         "print('on', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"on\n"
     launcher = Stage.open(RunPaths(tmp_path), "001.launcher.0")
-    durable.revoke(RunPaths(tmp_path), by=launcher, prefix="001.trainer.")
+    launcher.revoke("001.trainer.")
     assert process.wait(timeout=10) == EXIT_FENCED
     process.stdout.close()
     assert os.listdir(tmp_path / "staging") == ["001.launcher.0"]

@@ -6,12 +6,12 @@ from collections.abc import Container
 import msgspec
 import pytest
 
-from ratchet import durable, journal
-from ratchet.durable import Stage
+from ratchet import journal
 from ratchet.errors import Damaged, Fenced
 from ratchet.journal import MAGIC, Entry, Journal, RolloutId
 from ratchet.paths import RunPaths
 from ratchet.records import RolloutFailure, Sample, VersionSpan
+from ratchet.stage import Stage
 
 EVERY = range(1 << 40)
 
@@ -199,7 +199,7 @@ def test_a_replaced_process_can_neither_append_nor_trim(paths):
     own.append(entry(0))
     own.write()
     before = journal.segments(paths)[0].read_bytes()
-    durable.revoke(paths, by=stage(paths, 2))
+    stage(paths, 2).revoke()
     own.append(entry(1))
     with pytest.raises(Fenced):
         own.write()

@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from ratchet import batchlog, ledger
-from ratchet.durable import Stage
 from ratchet.ledger import Trained
 from ratchet.paths import RunPaths
 from ratchet.records import Sample
+from ratchet.stage import Stage
 
 
 def sample(draw, rollout, tokens=2):

@@ -10,7 +10,6 @@ import pytest
 from ratchet import attempts, config_io, durable, metrics
 from ratchet.attempts import Assignment, Plan, Record
 from ratchet.config import CkptConfig, DataConfig, ModelConfig, SFTConfig
-from ratchet.durable import Stage
 from ratchet.errors import Damaged, Refusal
 from ratchet.mirror import upload
 from ratchet.mirror.restore import restore
@@ -18,6 +17,7 @@ from ratchet.mirror.store import Store, line
 from ratchet.mirror.upload import Uploader, retain, send, take
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest
+from ratchet.stage import Stage
 
 
 def settings(root, url, **ckpt):

@@ -3,10 +3,10 @@
 import pytest
 
 from ratchet import now, timeline
-from ratchet.durable import Stage
 from ratchet.now import Now
 from ratchet.orchestrator.activity import Activity
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 
 

@@ -6,11 +6,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ratchet import metrics
-from ratchet.durable import Stage
 from ratchet.errors import Fenced
 from ratchet.paths import RunPaths
 from ratchet.report.tracker.follow import Follower
 from ratchet.report.tracker.tensorboard import TensorboardSink
+from ratchet.stage import Stage
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ratchet import attempts, heartbeat, log, process
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
 from ratchet.inference.vllm.command import become
+from ratchet.stage import Stage
 
 
 def main() -> int:

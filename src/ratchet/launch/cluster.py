@@ -24,7 +24,6 @@ import msgspec
 from ratchet import attempts, config_io, durable
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Fenced, Refusal
 from ratchet.launch import restarts
 from ratchet.launch.join import newest, take_over
@@ -32,6 +31,7 @@ from ratchet.launch.program import child_environment
 from ratchet.launch.run import listen
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 POLL_S = 0.2
 ADDRESS = "address.json"

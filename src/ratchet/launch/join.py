@@ -6,14 +6,14 @@ import subprocess
 import sys
 import time
 
-from ratchet import attempts, durable
+from ratchet import attempts
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Damaged, Refusal
 from ratchet.launch.program import child_environment
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 POLL_S = 0.2
 
@@ -79,7 +79,7 @@ def take_over(paths: RunPaths, record: Record, role: str) -> int:
     known = [int(n.rpartition(".")[2]) for n in os.listdir(paths.staging) if n.startswith(prefix)]
     incarnation = max(known, default=0) + 1
     stage = launcher.open_for(attempts.token(record.attempt, "joining", os.getpid()))
-    durable.revoke(paths, by=stage, prefix=prefix)
+    stage.revoke(prefix)
     launcher.open_for(attempts.token(record.attempt, role, incarnation))
     stage.leave()
     return incarnation

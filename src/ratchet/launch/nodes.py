@@ -21,7 +21,6 @@ from types import FrameType
 from ratchet import attempts
 from ratchet.attempts import Record
 from ratchet.config import RunConfig, TrainerConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Fenced, Refusal
 from ratchet.launch import notes
 from ratchet.launch.join import newest, take_over
@@ -29,6 +28,7 @@ from ratchet.launch.program import Program, Ranks, Recipe
 from ratchet.launch.restarts import BACKOFF_MAX_S
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 POLL_S = 0.1
 

@@ -17,11 +17,11 @@ import msgspec
 from ratchet import attempts, config_io, durable, metrics, process, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, Refusal
 from ratchet.mirror import upload as uploading
 from ratchet.mirror.restore import restore
 from ratchet.paths import RunPaths, step_name
+from ratchet.stage import Stage
 from ratchet.trainer import schedule
 
 Fingerprints = dict[str, str]
@@ -48,7 +48,7 @@ class Attempt:
         )
         Stage.current = None
         if not (others_go_on and code == EXIT_OK):
-            durable.revoke(self.paths, by=self.stage)
+            self.stage.revoke()
         shutil.rmtree(self.stage.directory)
         self.lock.release()
 
@@ -129,7 +129,7 @@ def _open(
     number = _next_number(paths)
     stage = Stage.open(paths, attempts.token(number, "launcher", 0))
     try:
-        durable.revoke(paths, by=stage)
+        stage.revoke()
         if last is not None and not last.applied:
             last = _carry_out(stage, last)
         chosen, announced = decide(kind, paths, config, last)

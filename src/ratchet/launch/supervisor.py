@@ -197,7 +197,7 @@ class Supervisor:
 
     def _fence(self, child: Child) -> None:
         prefix = attempts.token(self.attempt.record.attempt, child.name, 0)[:-1]
-        durable.revoke(self.attempt.paths, by=self.attempt.stage, prefix=prefix)
+        self.attempt.stage.revoke(prefix)
 
     def _plan(self, role: str) -> Plan | None:
         """A trainer alone needs a place to start; the others find theirs in the log. Raises: Refusal"""

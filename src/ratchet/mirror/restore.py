@@ -15,12 +15,13 @@ from pathlib import Path
 from ratchet import attempts, config_io, durable
 from ratchet.attempts import KINDS, Outcome, Plan, Record, Restored
 from ratchet.config import RunConfig
-from ratchet.durable import MANIFEST, Stage
+from ratchet.durable import MANIFEST
 from ratchet.errors import EXIT_STOPPED, Damaged, Refusal
 from ratchet.log import LOGGER
 from ratchet.mirror import store as stores
 from ratchet.mirror.store import Entry, Store
 from ratchet.paths import RunPaths, step_name
+from ratchet.stage import Stage
 
 ROLE = "restore"
 NOT_MIRRORED = {

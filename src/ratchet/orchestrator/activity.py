@@ -4,8 +4,8 @@ import time
 
 import msgspec
 
-from ratchet.durable import Stage
 from ratchet.now import NAME, Now
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 
 

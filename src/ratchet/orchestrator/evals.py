@@ -15,11 +15,11 @@ from ratchet import durable, metrics, weights
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import EvalConfig, RLConfig
-from ratchet.durable import Stage
 from ratchet.envs.base import Environment
 from ratchet.orchestrator.play import Opening, Place, Player, Sampling
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest, RolloutFailure, Sample
+from ratchet.stage import Stage
 
 METRICS = "metrics.json"
 

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from ratchet import attempts, checkpoint, durable, log, metrics, process
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig, SFTConfig
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
+from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.loop import open_source

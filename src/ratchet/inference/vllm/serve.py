@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ratchet import heartbeat, log, process
-from ratchet.durable import Stage
 from ratchet.errors import EXIT_OK, RatchetError
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 # On a CPU: what vLLM's own defaults cost there, or break. The command line and the environment have the last word.
 _CPU_ENVIRONMENT = {

@@ -17,9 +17,9 @@ import xxhash
 
 from ratchet.attempts import Assignment
 from ratchet.config import TrackerConfig
-from ratchet.durable import Stage
 from ratchet.log import LOGGER
 from ratchet.metrics import Row
+from ratchet.stage import Stage
 
 ROLES = ("trainer", "orchestrator", "evals")
 STATE = "state.json"
