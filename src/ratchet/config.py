@@ -187,7 +187,7 @@ class TrainerConfig(BaseConfig):
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
     """bf16: the passes run on a copy of the weights in bf16; weights, sums of gradients and optimizer stay in fp32."""
     share_prompts: Announced[bool] = True
-    """Compute a short prompt that several sequences have in common once, if the model's attention is plain."""
+    """Compute a short prompt of several sequences once; of models that are known, and not with `compile`."""
     activation_checkpointing: Announced[Literal["none", "full"]] = "none"
     """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass."""
     compile: Announced[bool] = False

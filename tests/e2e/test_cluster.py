@@ -180,9 +180,19 @@ def kill_server(server):
 
 @pytest.mark.campaign
 def test_uploads_to_s3_that_are_killed_inside_are_not_believed(s3, tmp_path):
+    """Checkpoints are so far apart that the first is uploaded before there is a second."""
     root = tmp_path / "run"
-    command = (*SFT, "--launch.max-restarts", "0", "--ckpt.mirror", "s3://bucket/run", "--output-dir", root)
-    run("sft", *SFT, "--output-dir", tmp_path / "calm")
+    settings = (*TINY_SFT, "--max-steps", "160", "--ckpt.interval", "80")
+    command = (
+        *settings,
+        "--launch.max-restarts",
+        "0",
+        "--ckpt.mirror",
+        "s3://bucket/run",
+        "--output-dir",
+        root,
+    )
+    run("sft", *settings, "--output-dir", tmp_path / "calm")
 
     def torn():
         return [path for path in s3.ls("bucket/run") if not s3.exists(f"{path}/MANIFEST.json")]
@@ -193,8 +203,8 @@ def test_uploads_to_s3_that_are_killed_inside_are_not_believed(s3, tmp_path):
     assert len(s3.ls("bucket/run")) == 2
     run("sft", *command, code=1, RATCHET_CRASH_AT="mirror.before_manifest:1")
     (second,) = torn()
-    assert ("/step_2." in first, "/step_4." in second) == (True, True)
+    assert ("/step_80." in first, "/step_160." in second) == (True, True)
     shutil.rmtree(root)
-    assert "holds steps 2: restoring step 2" in run("sft", *command)
+    assert "holds steps 80: restoring step 80" in run("sft", *command)
     assert run_digest(root) == run_digest(tmp_path / "calm")
     assert torn() == []

@@ -90,6 +90,7 @@ def kill_after_a_step(process, root, rng):
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1200)
 def test_ten_kills_of_the_whole_run_and_the_same_command_each_time(tmp_path):
     rng, root = random.Random(7), tmp_path / "run"
     command = (*ALONE, "--output-dir", root, "--ckpt.interval", "2")
@@ -185,11 +186,14 @@ def test_engine_and_trainer_agree_on_the_logprob_of_every_token(tmp_path):
         assert {span.step for s in samples for span in s.versions} == {step}
         model = ModelConfig(name=str(tmp_path / "weights" / f"step_{step}"), attention="eager")
         policy = Policy(build(model, seed=0))
-        (micro,) = micro_batches([Example(s.token_ids, s.mask, s.logprobs) for s in samples], 10**6, 0, 1)
+        examples = [Example(s.token_ids, s.mask, s.logprobs, 0.0) for s in samples]
+        (micro,) = micro_batches(examples, 10**6, 0, 1, shares_prompts=True)
+        assert micro.branches is not None
         tensors = [torch.from_numpy(x) for x in (micro.inputs_BT, micro.cells_N, micro.targets_N)]
+        shared = tuple(torch.from_numpy(x) for x in micro.branches)
         for precision in worst:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logprobs = policy(*tensors, manifest.meta["temperature"])
+                logprobs = policy(*tensors, manifest.meta["temperature"], shared)
             found = (logprobs - torch.from_numpy(micro.behaviour_N)).abs().max().item()
             worst[precision] = max(worst[precision], found)
     assert worst["fp32"] <= 1e-4, worst

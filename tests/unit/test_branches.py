@@ -5,10 +5,15 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -21,12 +26,20 @@ TINY = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermedia
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 UNDERSTOOD = {
     "qwen3": Qwen3Config(**TINY, **HEADS),
+    "qwen2": Qwen2Config(**TINY, **HEADS),
     "llama": LlamaConfig(**TINY, **HEADS),
+    "mistral": MistralConfig(**TINY, **HEADS, sliding_window=None),
+    "gemma": GemmaConfig(**TINY, **HEADS),
+    "olmo2": Olmo2Config(**TINY, **HEADS),
+    "phi3": Phi3Config(**TINY, **HEADS, sliding_window=None, pad_token_id=0),
     "gpt2": GPT2Config(
         vocab_size=40, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ),
 }
 NOT_UNDERSTOOD = {
+    "windows that no layer type tells": GPTNeoConfig(
+        vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
     "sliding windows": MistralConfig(**TINY, **HEADS, sliding_window=4),
     "some sliding windows": Gemma2Config(**TINY, **HEADS),
     "a state": MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2),
@@ -77,6 +90,10 @@ def test_a_shared_prompt_changes_nothing_but_rounding(name, attention):
         assert together[rollout] == pytest.approx(values, abs=2e-5)
     for parameter, slope in slopes_apart.items():
         torch.testing.assert_close(slopes_together[parameter], slope, rtol=1e-3, atol=1e-4)
+
+
+def test_every_known_model_was_tried_out():
+    assert {config.model_type for config in UNDERSTOOD.values()} == branches.KNOWN
 
 
 @pytest.mark.parametrize("name", NOT_UNDERSTOOD)

@@ -114,3 +114,21 @@ def test_shared_rows_hold_every_rollout_once_and_are_not_much_wider_than_their_p
             assert row.trunk == len(row.examples[0].prompt)
         else:
             assert row.width == len(row.examples[0].token_ids) - 1
+
+
+def test_single_rows_do_not_stand_beside_shared_ones():
+    """The mask of a shared row would be as wide as the longest of them."""
+    rollouts = [rollout([1, 2, 3], [4]), rollout([1, 2, 3], [5]), rollout([9], range(50))]
+    shared, single = micro_batches(rollouts, 10**6, 0, 1, shares_prompts=True)
+    assert (shared.inputs_BT.shape, single.inputs_BT.shape) == ((1, 3), (1, 50))
+    assert (shared.branches is None, single.branches is None) == (False, True)
+
+
+def test_every_rank_has_a_row_where_rollouts_share_prompts():
+    rollouts = [rollout([1, 2, 3], [4, 5, 6]) for _ in range(16)]
+    for ranks in (1, 2, 4, 8):
+        shares = [micro_batches(rollouts, 10**6, rank, ranks, shares_prompts=True) for rank in range(ranks)]
+        assert [len(share) for share in shares] == [1] * ranks
+        sizes = [len(share[0].targets_N) for share in shares]
+        assert sum(sizes) == 48
+        assert min(sizes) >= 48 // ranks // 2

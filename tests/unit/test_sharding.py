@@ -2,10 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from ratchet.trainer.packing import Example
+from ratchet.trainer.source import Batch
 from ratchet.trainer.world import open_world, set_determinism
 from training import Run, settings
 
@@ -40,6 +43,33 @@ def test_the_micro_batches_of_a_step_change_nothing_but_rounding(world, tmp_path
     close(parts.tensors(), whole.tensors(), atol=5e-4)
 
 
+def groups(step):
+    """Two tasks of four rollouts each, as SFT would see them: what follows a prompt is learnt."""
+    draw = np.random.default_rng(step)
+    made = []
+    for length in (6, 9):
+        prompt = draw.integers(3, 60, length).tolist()
+        for size in draw.integers(1, 8, 4):
+            ids = [*prompt, *draw.integers(3, 60, size).tolist()]
+            made.append(Example(ids, [False] * length + [True] * int(size)))
+    return Batch(made)
+
+
+@pytest.mark.parametrize("settled", [{}, {"activation_checkpointing": "full"}, {"precision": "bf16"}])
+def test_prompts_that_are_shared_change_nothing_but_rounding(world, tmp_path, monkeypatch, settled):
+    """Through FSDP, in one forward pass of shared rows."""
+    monkeypatch.setattr("training.batch", groups)
+    runs = {
+        shares: Run(tmp_path / str(shares), world, settings(share_prompts=shares, **settled))
+        for shares in (False, True)
+    }
+    assert [run.updater.shares_prompts for run in runs.values()] == [False, True]
+    losses = {shares: run.train(1)["loss"] for shares, run in runs.items()}
+    assert losses[True] == pytest.approx(losses[False], abs=2e-2 if settled.get("precision") else 1e-6)
+    if "precision" not in settled:
+        close(runs[True].tensors(), runs[False].tensors(), atol=5e-4)
+
+
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(1800)
@@ -53,7 +83,7 @@ def test_compiled_layers_learn_the_same_and_a_restart_changes_no_bit(world, tmp_
     plain.train(2)
     through.train(2)
     if not model:  # dropout draws for padding, too
-        close(through.tensors(), plain.tensors(), atol=1e-4)
+        close(through.tensors(), plain.tensors(), atol=5e-4)
     through.save()
     through.train(4)
     torch._dynamo.reset()

@@ -85,8 +85,7 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls. Rows are padded at the right, so there is no mask, but where rows
-    share a prompt."""
+    """The attention function that transformers calls. Rows are padded at the right: only shared ones have a mask."""
     if attention_mask is not None or query.shape[2] < SHORTEST:
         is_causal = attention_mask is None
         return ALL_ATTENTION_FUNCTIONS["sdpa"](

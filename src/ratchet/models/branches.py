@@ -3,24 +3,22 @@
 Axes: B rows, T columns.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+KNOWN = {"gemma", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+"""Model types that were tried out. Others may look at columns or the order of inputs in ways that no setting tells."""
 BranchTensors = tuple[torch.Tensor, torch.Tensor]
 """positions_BT and owners_BT: see `trainer.packing.Branches`."""
 
 
 def are_known(model: PreTrainedModel) -> bool:
     """Whether this model looks at tokens by the mask and the positions it is given, and by nothing else."""
-    config = model.config.get_text_config()
-    takes = inspect.signature(model.base_model.forward).parameters
+    config = model.config
     return (
-        {"position_ids", "attention_mask"} <= set(takes)
-        and not model._is_stateful
-        and not getattr(config, "alibi", False)
+        config.model_type in KNOWN
         and not getattr(config, "sliding_window", None)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and config._attn_implementation in ("eager", "sdpa", "ratchet_flex")

@@ -9,7 +9,7 @@ cells. Where each shape costs a compilation, rows and widths are filled up to po
     what `a` and `c` see of it:            p p p p a a         and  p p p p             c c c
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,17 +98,25 @@ def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def share_prompts(examples: Iterable[Example], budget: int) -> list[Row]:
-    """Rows of sequences whose prompts are equal, in the order in which prompts appear, none wider than the budget."""
+def share_prompts(examples: Sequence[Example], budget: int, ranks: int = 1) -> list[Row]:
+    """Rows of sequences whose prompts are equal, in the order in which prompts appear, none wider than the budget.
+
+    No row has more than its share of the step behind its trunk, so that there is one for each rank.
+    """
     by_prompt: dict[tuple[int, ...], list[Example]] = {}
     for example in examples:
         by_prompt.setdefault(example.prompt, []).append(example)
-    return [row for prompt, same in by_prompt.items() for row in _fill(same, len(prompt), budget)]
+    behind = sum(_branch(e, len(prompt)) for prompt, same in by_prompt.items() for e in same)
+    share = max(1, behind // ranks)
+    rows: list[Row] = []
+    for prompt, same in by_prompt.items():
+        room = min(_BRANCHING_AT_MOST * len(prompt), min(budget, _WIDEST_SHARED) - len(prompt), share)
+        rows += _fill(same, len(prompt), room)
+    return rows
 
 
-def _fill(examples: list[Example], trunk: int, budget: int) -> list[Row]:
-    """As few rows as `_BRANCHING_AT_MOST` and the budget allow, about equally wide."""
-    room = min(_BRANCHING_AT_MOST * trunk, min(budget, _WIDEST_SHARED) - trunk)
+def _fill(examples: list[Example], trunk: int, room: int) -> list[Row]:
+    """As few rows as there is room for behind the trunk, about equally wide."""
     cells = sum(_branch(example, trunk) for example in examples)
     rows = -(-cells // max(room, 1))
     fair = max(1, -(-cells // max(rows, 1)))
@@ -135,17 +143,31 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """This rank's share of a step. Every rank gets the same number, filled up with rows that count nothing."""
     useful = [e for e in examples if e.trained_tokens]
-    rows = share_prompts(useful, budget) if shares_prompts else [Row((e,)) for e in useful]
-    widths = [row.width for row in rows]
-    groups = split([_width(n) for n in widths] if few_shapes else widths, budget)
-    if len(groups) < ranks:  # one pass would do, but every rank should have its part of it
-        order = [index for group in groups for index in group]
-        groups = [part for part in (order[i::ranks] for i in range(ranks)) if part]
-    mine = [[rows[i] for i in group] for group in groups[rank::ranks]]
+    rows = share_prompts(useful, budget, ranks) if shares_prompts else [Row((e,)) for e in useful]
+    # Apart: the mask of shared rows is as wide as the widest row beside them, and single rows need none.
+    kinds = ([row for row in rows if len(row.examples) > 1], [row for row in rows if len(row.examples) == 1])
+    groups = [group for kind in kinds for group in _group(kind, budget, few_shapes=few_shapes)]
+    _halve(groups, ranks)
+    mine = groups[rank::ranks]
     most = -(-len(groups) // ranks)
     filler = [Row((Example(useful[0].token_ids[:2], [False, False], [0.0, 0.0]),))] if useful else []
     shares = [*mine, *[filler] * (most - len(mine))]
-    return [_collate(rows, *_shape(rows, budget, few_shapes=few_shapes)) for rows in shares]
+    return [_collate(share, *_shape(share, budget, few_shapes=few_shapes)) for share in shares]
+
+
+def _group(rows: Sequence[Row], budget: int, *, few_shapes: bool) -> list[list[Row]]:
+    widths = [_width(row.width) if few_shapes else row.width for row in rows]
+    return [[rows[i] for i in group] for group in split(widths, budget)]
+
+
+def _halve(groups: list[list[Row]], ranks: int) -> None:
+    """Fewer passes would do, but every rank should have its part: divide the highest as long as there are too few."""
+    while len(groups) < ranks:
+        highest = max(groups, key=len, default=[])
+        if len(highest) < 2:
+            return
+        groups.remove(highest)
+        groups += [highest[::2], highest[1::2]]
 
 
 def _branch(example: Example, trunk: int) -> int:

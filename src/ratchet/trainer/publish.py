@@ -40,22 +40,26 @@ class Publisher:
         Waits for: the policy before this one.
         Raises: what that one failed of.
         """
-        self.wait()
-        tensors = full_tensors(model, is_kept=self._world.is_first)
+        with self._timeline.phase("gather", step):
+            self.wait()
+            tensors = self._gather(model)
         if not self._world.is_first:
             return
-        config = self._assignment.config.model
-        if config.lora is not None:
-            tensors = adapters.merged(tensors, config.lora)
         self._thread = threading.Thread(
             target=self._run, args=(tensors, step, on_commit), name=f"publish-{step}", daemon=True
         )
         self._thread.start()
 
+    def _gather(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        tensors = full_tensors(model, is_kept=self._world.is_first)
+        lora = self._assignment.config.model.lora
+        return tensors if lora is None or not self._world.is_first else adapters.merged(tensors, lora)
+
     def poll(self) -> None:
         """Raise what publishing has failed of, if it has, without waiting for it."""
-        error, self._error = self._error, None
+        error = self._error
         if error is not None:
+            self._error = None
             raise error
 
     def wait(self) -> None:

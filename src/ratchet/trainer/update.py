@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
+from ratchet.log import LOGGER
 from ratchet.models import attention, branches
 from ratchet.models.logprobs import Policy
 from ratchet.rng import derive
@@ -42,6 +43,11 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     policy = shard(model, config.trainer, world)
     optimizer = Optimizer(model, config.trainer.optim)
     shares_prompts = config.trainer.share_prompts and not config.trainer.compile and branches.are_known(model)
+    if config.trainer.share_prompts and not shares_prompts:
+        LOGGER.info(
+            "equal prompts are computed once for each sequence: layers are compiled, or %s is not known",
+            model.config.model_type,
+        )
     return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed, shares_prompts)
 
 

@@ -225,7 +225,7 @@ function curvesSection() {
 const LANES = ["generation", "evaluation", "orchestrator", "trainer", "policies", "checkpoint"];
 const PHASES = {
   generate: ["rollouts in flight", "var(--c0)"], eval: ["evaluation", "var(--c2)"], batch: ["publishing a batch", "var(--c4)"], adopt: ["handing over a policy", "var(--c5)"],
-  start: ["starting", "var(--faint)"], wait: ["waiting for a batch", "var(--chip)"], train: ["training", "var(--c1)"], publish: ["publishing a policy", "var(--c3)"],
+  start: ["starting", "var(--faint)"], wait: ["waiting for a batch", "var(--chip)"], train: ["training", "var(--c1)"], gather: ["taking a copy of a policy", "var(--c5)"], publish: ["publishing a policy", "var(--c3)"],
   copy: ["staging a checkpoint", "var(--c5)"], save: ["writing a checkpoint", "var(--c2)"],
 };
 function timelineSection() {
