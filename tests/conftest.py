@@ -9,15 +9,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
+import slurm_cluster  # noqa: E402
+
 
 def pytest_addoption(parser):
     parser.addoption("--vllm-python", help="the interpreter of an environment with vLLM: its tests run too")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Without an environment there is nothing in this file to collect, and nothing to report as skipped."""
-    is_of_vllm = collection_path.name == "test_vllm.py"
-    return True if is_of_vllm and config.getoption("vllm_python") is None else None
+    """Without vLLM's environment, or Slurm, there is nothing to collect there, and nothing to report as skipped."""
+    is_here = {
+        "test_vllm.py": lambda: config.getoption("vllm_python") is not None,
+        "test_real_slurm.py": slurm_cluster.is_here,
+    }
+    return None if is_here.get(collection_path.name, lambda: True)() else True
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,7 +7,7 @@ Each leaf carries a mark that says what may happen to it on resume:
 import enum
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_config import BaseConfig
@@ -199,7 +199,8 @@ class TrainerConfig(BaseConfig):
     node_rank: Free[int] = Field(default=0, ge=0)
     """Which of them this is. Node 0 opens the run and decides; the others join it with the same command."""
     rendezvous: Free[str | None] = None
-    """`host:port` of node 0, where the processes of several machines meet; the port is free to choose."""
+    """`host:port` of node 0, where the processes of several machines meet; the port is free to choose. `--slurm` finds
+    one by itself."""
     threads: Announced[Positive] = 1
     """CPU threads of each trainer process; part of what makes results repeatable."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
@@ -214,8 +215,10 @@ class TrainerConfig(BaseConfig):
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")
         host, _, port = (self.rendezvous or "").rpartition(":")
-        if self.nnodes > 1 and not (host and port.isdigit()):
-            raise ValueError("several nodes need rendezvous = 'HOST:PORT', an address of node 0")
+        if self.rendezvous is not None and not (host and port.isdigit()):
+            raise ValueError(
+                f"rendezvous must be 'HOST:PORT', an address of node 0; {self.rendezvous!r} was given"
+            )
         return self
 
     @property
@@ -393,14 +396,17 @@ class InferenceConfig(BaseConfig):
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     vllm: VllmConfig = VllmConfig()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the servers of a run are called: in its logs, workshops and restarts."""
+        return ("inference",) if self.replicas == 1 else tuple(f"inference_{i}" for i in range(self.replicas))
+
 
 class SlurmRoleConfig(BaseConfig):
     """What the job of one program asks for."""
 
-    nodes: Free[Positive] = 1
-    """Machines; programs other than the trainer run on one."""
     gpus: Free[int] = Field(default=0, ge=0)
-    """GPUs of each machine."""
+    """GPUs of each machine: of each node of the trainer, of each server of inference."""
     cpus: Free[Positive | None] = None
     mem_gb: Free[Positive | None] = None
     extra: Free[dict[str, Any]] = {}
@@ -464,6 +470,13 @@ class RunConfig(BaseConfig):
                 for key in facts & set(inner):
                     data[key] = _fill(data.get(key), inner.pop(key))
         return data
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        trainer: TrainerConfig = getattr(self, "trainer", TrainerConfig())
+        if trainer.nnodes > 1 and trainer.rendezvous is None and self.slurm is None:
+            raise ValueError("several nodes need trainer.rendezvous = 'HOST:PORT', an address of node 0")
+        return self
 
 
 class SFTConfig(RunConfig):

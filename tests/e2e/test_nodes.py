@@ -110,6 +110,6 @@ def test_a_node_that_is_asked_to_stop_stops_all_and_the_same_commands_continue(c
 
 def test_a_node_with_another_layout_or_nothing_to_join_is_refused(tmp_path, address):
     command = (*SFT, "--trainer.nnodes", "2", "--output-dir", tmp_path / "run")
-    assert "need rendezvous = 'HOST:PORT'" in run("sft", *command, code=2)
+    assert "need trainer.rendezvous = 'HOST:PORT'" in run("sft", *command, code=2)
     joining = (*command, "--trainer.rendezvous", address, "--trainer.node-rank", "1", "--launch.join-s", "1")
     assert "--trainer.node-rank 0 on the first node" in run("sft", *joining, code=2)

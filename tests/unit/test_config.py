@@ -141,7 +141,7 @@ def test_a_server_that_is_named_twice_is_refused(files):
     [
         ({"nproc": 3, "parallel": {"replicate": 2}}, r"replicate 2 must divide the 3 processes"),
         ({"nnodes": 2, "rendezvous": "a:1", "node_rank": 2}, r"node_rank 2 must be below nnodes 2"),
-        ({"nnodes": 2, "rendezvous": "host"}, r"need rendezvous = 'HOST:PORT'"),
+        ({"nnodes": 2, "rendezvous": "host"}, r"rendezvous must be 'HOST:PORT'"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(trainer, says):

@@ -36,9 +36,16 @@ n=$(ls {folder} | grep -c '^script') ; n=$((n + 1))
 cp "$1" {folder}/script.$n
 echo "Submitted batch job 10$n"
 """
-SACCT = """#!/bin/sh
-echo "JobID|State|NodeList"
-for n in 101 102 103; do echo "$n|{state}|node"; done
+SQUEUE = """#!/bin/sh
+echo "{state}"
+"""
+GONE = """#!/bin/sh
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
+"""
+SILENT = """#!/bin/sh
+echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+exit 1
 """
 
 
@@ -61,7 +68,7 @@ def slurm(tmp_path, bin_folder):
     """A cluster that keeps the scripts and runs nothing."""
     tool(bin_folder, "sbatch", SBATCH.format(folder=tmp_path))
     tool(bin_folder, "srun", "#!/bin/sh\n")
-    tool(bin_folder, "sacct", SACCT.format(state="RUNNING"))
+    tool(bin_folder, "squeue", SQUEUE.format(state="RUNNING"))
     return tmp_path
 
 
@@ -93,25 +100,44 @@ def test_everything_of_the_table_reaches_sbatch(slurm):
     assert trainer["job-name"] == "run-trainer"
 
 
-def test_jobs_that_are_there_are_not_submitted_again_and_those_that_ended_are(slurm, bin_folder):
+@pytest.mark.parametrize("squeue", [SQUEUE.format(state="TIMEOUT"), GONE], ids=["ended", "forgotten"])
+def test_jobs_that_are_there_are_not_submitted_again_and_those_that_ended_are(slurm, bin_folder, squeue):
     run = config(slurm)
     submit("rl", run, run.slurm)
     submit("rl", run, run.slurm)
     assert len(list(slurm.glob("script.*"))) == 3
-    tool(bin_folder, "sacct", SACCT.format(state="TIMEOUT"))
+    tool(bin_folder, "squeue", squeue)
     submit("rl", run, run.slurm)
     assert len(list(slurm.glob("script.*"))) == 6
 
 
+def test_while_slurm_is_silent_nothing_is_submitted_twice(slurm, bin_folder):
+    run = config(slurm)
+    submit("rl", run, run.slurm)
+    tool(bin_folder, "squeue", SILENT)
+    with pytest.raises(
+        Refusal, match=r"does not say how job 101 stands .*give the command again when it does"
+    ):
+        submit("rl", run, run.slurm)
+    assert len(list(slurm.glob("script.*"))) == 3
+
+
+def test_the_trainer_gets_its_nodes_and_each_server_a_job(slurm):
+    run = config(slurm, "--trainer.nnodes", "2", "--inference.replicas", "2")
+    submit("rl", run, run.slurm)
+    jobs = [options(slurm / f"script.{n}") for n in (1, 2, 3, 4)]
+    assert [job["job-name"] for job in jobs] == [
+        *("run-trainer", "run-orchestrator", "run-inference_0", "run-inference_1")
+    ]
+    assert [job["nodes"] for job in jobs] == ["2", "1", "1", "1"]
+    assert [job.get("gpus-per-node") for job in jobs] == ["4", "0", "2", "2"]
+
+
 def test_what_cannot_be_submitted_is_refused(tmp_path, monkeypatch):
-    run = config(tmp_path, "--slurm.trainer.nodes", "2")
-    with pytest.raises(Refusal, match=r"slurm.trainer.nodes is 2.*set it to 1"):
-        submit("rl", run, run.slurm)
-    run = config(tmp_path, "--inference.replicas", "2")
-    with pytest.raises(Refusal, match=r"inference.replicas is 2.*set it to 1, or start the servers yourself"):
-        submit("rl", run, run.slurm)
-    run = config(tmp_path, "--trainer.nnodes", "2", "--trainer.rendezvous", "node1:29500")
-    with pytest.raises(Refusal, match=r"trainer.nnodes is 2.*from a batch script of your own"):
+    run = config(tmp_path, "--slurm.executor", "local", "--trainer.nnodes", "2")
+    with pytest.raises(
+        Refusal, match=r"trainer.nnodes is 2: the local executor has one machine; set it to 1"
+    ):
         submit("rl", run, run.slurm)
     run = config(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))

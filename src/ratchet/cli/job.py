@@ -1,4 +1,4 @@
-"""`python -m ratchet.cli.job KIND ROLE`: one program of a cluster run; its resolved configuration is the input."""
+"""`python -m ratchet.cli.job KIND NAME`: one program of a cluster run; its resolved configuration is the input."""
 
 import sys
 
@@ -7,27 +7,30 @@ from ratchet.attempts import KINDS
 from ratchet.cli.programs import check_rl, check_sft
 from ratchet.config import RLConfig, SFTConfig, SlurmConfig
 from ratchet.launch import cluster
+from ratchet.launch.nodes import join_trainer
 from ratchet.launch.run import run
 
 
 def main() -> int:
     """Run the program to its exit code."""
     process.die_with_parent()
-    kind, role = sys.argv[1:3]
-    log.setup(role)
+    kind, name = sys.argv[1:3]
+    log.setup(name)
     text = sys.stdin.buffer.read()
     config = config_io.parse_toml(KINDS[kind], text, "the job's configuration")
-    log.setup(role, config.log.level)
+    log.setup(name, config.log.level)
     settings = config.slurm or SlurmConfig()
     config = config.model_copy(update={"slurm": None})
+    assert isinstance(config, SFTConfig | RLConfig)
+    if name == "trainer" and config.trainer.node_rank > 0:
+        return join_trainer(config, config.trainer)
     if isinstance(config, SFTConfig):
         return run("sft", config, ("trainer",), lambda: check_sft(config))
-    assert isinstance(config, RLConfig)
-    if role == "orchestrator":
+    if name == "orchestrator":
         return cluster.orchestrate(config, settings.wait_s)
-    if role == "inference":
+    if name != "trainer":
         host = "127.0.0.1" if settings.executor == "local" else settings.host
-        return cluster.serve(config, settings.wait_s, host)
+        return cluster.serve(config, name, settings.wait_s, host)
     return run("rl", config, ("trainer",), lambda: check_rl(config, is_alone=True))
 
 

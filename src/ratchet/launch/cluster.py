@@ -3,9 +3,10 @@
     trainer        opens attempt n ─► stops or is moved ─► opens attempt n+1 ...
     a member       waits for an open attempt ─► takes its role over ─► works until it closes ─► waits for the next
     inference      says where it listens in its workshop, staging/<n>.inference.<i>/address.json
-    orchestrator   goes to the newest of these; starts again when another one takes its place
+    orchestrator   goes to the newest of each server; starts again when another one takes its place, or joins
 
-An address vanishes with the workshop when the attempt is replaced, so one that is found is never of another time.
+Several servers are called inference_0, inference_1, ...: each has workshops of its own. An address vanishes with the
+workshop when the attempt is replaced, so one that is found is never of another time.
 """
 
 import os
@@ -35,6 +36,8 @@ from ratchet.stage import Stage
 
 POLL_S = 0.2
 ADDRESS = "address.json"
+GATHER_S = 10.0
+"""How long the first of several servers waits for the others, before the run begins without them."""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -52,9 +55,9 @@ def publish(paths: RunPaths, token: str, url: str) -> None:
     durable.fsync_path(path.parent)
 
 
-def find_address(paths: RunPaths, attempt: int) -> str | None:
-    """The address of the newest server of an attempt; None before one has said it."""
-    prefix = attempts.token(attempt, "inference", 0)[:-1]
+def find_address(paths: RunPaths, attempt: int, name: str = "inference") -> str | None:
+    """The address of the newest server of that name in an attempt; None before one has said it."""
+    prefix = attempts.token(attempt, name, 0)[:-1]
     found = [name for name in _listed(paths.staging) if name.startswith(prefix)]
     for name in sorted(found, key=lambda n: int(n.rpartition(".")[2]), reverse=True):
         try:
@@ -64,16 +67,25 @@ def find_address(paths: RunPaths, attempt: int) -> str | None:
     return None
 
 
+def find_addresses(paths: RunPaths, attempt: int, names: tuple[str, ...]) -> list[str]:
+    """The addresses of those servers that have said theirs, in the order of the names."""
+    found = (find_address(paths, attempt, name) for name in names)
+    return [url for url in found if url is not None]
+
+
 def _listed(directory: Path) -> list[str]:
     return os.listdir(directory) if directory.is_dir() else []
 
 
 class Member:
-    """One role of a run, in whatever attempt is open."""
+    """One program of a run, in whatever attempt is open. Of several servers each has a name."""
 
-    def __init__(self, config: RLConfig, role: str, wait_s: float, threads: int) -> None:
+    def __init__(
+        self, config: RLConfig, role: str, wait_s: float, threads: int, name: str | None = None
+    ) -> None:
         self.config = config
         self.role = role
+        self.name = name or role
         self.paths = RunPaths(config.output_dir)
         self._wait_s = wait_s
         self._threads = threads
@@ -95,7 +107,7 @@ class Member:
         restarted_at: list[float] = []
         while (record := self._wait_for_attempt()) is not None:
             try:
-                code = work(record, take_over(self.paths, record, self.role))
+                code = work(record, take_over(self.paths, record, self.name))
             except Fenced:
                 code = EXIT_STOPPED  # the attempt closed meanwhile
             if self.is_asked:
@@ -106,7 +118,7 @@ class Member:
                 continue
             verdict = restarts.judge(self.config.launch, code, restarted_at, time.monotonic())
             if verdict.delay_s is None:
-                LOGGER.error("the %s ended with exit code %d; %s", self.role, code, verdict.why)
+                LOGGER.error("the %s ended with exit code %d; %s", self.name, code, verdict.why)
                 return code
             restarted_at.append(time.monotonic())
             time.sleep(verdict.delay_s)
@@ -126,7 +138,7 @@ class Member:
             if time.monotonic() > deadline:
                 raise Refusal(
                     f"No attempt was open in {self.paths.root} for {self._wait_s:g} s (slurm.wait_s), so the "
-                    f"{self.role} ends: run the same command again."
+                    f"{self.name} ends: run the same command again."
                 )
             time.sleep(POLL_S)
         return None
@@ -164,16 +176,16 @@ def orchestrate(config: RLConfig, wait_s: float) -> int:
 
     def work(record: Record, incarnation: int) -> int:
         urls = config.orchestrator.client.base_url
-        own: list[str] = []
-        if config.inference is not None:
-            found = _wait_for_address(member, record, wait_s)
-            if found is None:
+        names = config.inference.names if config.inference is not None else ()
+        if names:
+            urls = _wait_for_addresses(member, record, names, wait_s)
+            if not urls:
                 return EXIT_STOPPED
-            urls, own = [found], ["--own-server"]
 
         def has_moved() -> bool:
-            return bool(own) and find_address(member.paths, record.attempt) not in (None, *urls)
+            return not set(find_addresses(member.paths, record.attempt, names)) <= set(urls)
 
+        own = ["--own-server"] if names else []
         code = member.run(record, incarnation, "--base-url", *urls, *own, is_over=has_moved)
         if code == EXIT_OK:  # tells inference that nobody needs it any more
             token = attempts.token(record.attempt, "orchestrator", incarnation)
@@ -183,33 +195,40 @@ def orchestrate(config: RLConfig, wait_s: float) -> int:
     return member.stay(work)
 
 
-def _wait_for_address(member: Member, record: Record, wait_s: float) -> str | None:
-    """Where inference listens; None if the attempt closes first, or the wait is broken off. Raises: Refusal"""
+def _wait_for_addresses(member: Member, record: Record, names: tuple[str, ...], wait_s: float) -> list[str]:
+    """Where inference listens: all servers, or those that are there a while after the first.
+
+    Empty if the attempt closes first, or the wait is broken off. Raises: Refusal
+    """
     paths, deadline = member.paths, time.monotonic() + wait_s
-    while (url := find_address(paths, record.attempt)) is None:
+    latest = deadline
+    while len(urls := find_addresses(paths, record.attempt, names)) < len(names):
         current = newest(paths)
         is_open = current is not None and current.attempt == record.attempt and current.outcome is None
         if member.is_asked or not is_open:
-            return None
+            return []
+        latest = min(latest, time.monotonic() + GATHER_S) if urls else deadline
+        if urls and time.monotonic() > latest:
+            break
         if time.monotonic() > deadline:
             raise Refusal(
                 f"No inference server came to attempt {record.attempt} of {paths.root} within {wait_s:g} s "
                 "(slurm.wait_s): see the log of its job, then run the same command again."
             )
         time.sleep(POLL_S)
-    return url
+    return urls
 
 
-def serve(config: RLConfig, wait_s: float, host: str) -> int:
-    """Be the inference server of a run."""
+def serve(config: RLConfig, name: str, wait_s: float, host: str) -> int:
+    """Be an inference server of a run."""
     assert config.inference is not None
-    member = Member(config, "inference", wait_s, threads=config.inference.threads)
+    member = Member(config, "inference", wait_s, threads=config.inference.threads, name=name)
 
     def work(record: Record, incarnation: int) -> int:
         with _listening(host) as (server, url):
-            publish(member.paths, attempts.token(record.attempt, "inference", incarnation), url)
-            fd = str(server.fileno())
-            code = member.run(record, incarnation, "--fd", fd, is_over=lambda: _is_done(member.paths, record))
+            publish(member.paths, attempts.token(record.attempt, name, incarnation), url)
+            given = ("--fd", str(server.fileno()), "--name", name)
+            code = member.run(record, incarnation, *given, is_over=lambda: _is_done(member.paths, record))
         return EXIT_OK if _is_done(member.paths, record) else code or EXIT_CRASH
 
     return member.stay(work)
@@ -229,5 +248,5 @@ def _listening(host: str) -> Iterator[tuple[socket.socket, str]]:
     """A free port, and the address by which other machines reach it."""
     with listen(host, 0) as server:
         bound, port = server.getsockname()[:2]
-        name = os.environ.get("SLURMD_NODENAME", socket.gethostname()) if bound == "0.0.0.0" else bound
+        name = socket.gethostname() if bound == "0.0.0.0" else bound
         yield server, f"http://{name}:{port}"

@@ -12,11 +12,9 @@ longer than a replacement takes.
 """
 
 import os
-import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
-from types import FrameType
 
 from ratchet import attempts
 from ratchet.attempts import Record
@@ -26,6 +24,7 @@ from ratchet.launch import notes
 from ratchet.launch.join import newest, take_over
 from ratchet.launch.program import Program, Ranks, Recipe
 from ratchet.launch.restarts import BACKOFF_MAX_S
+from ratchet.launch.stopping import Stopping
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
@@ -45,8 +44,7 @@ def join_trainer(config: RunConfig, trainer: TrainerConfig) -> int:
     the same node is started again.
     """
     node = Node(RunPaths(config.output_dir), config, trainer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, node.on_signal)
+    node.stopping.install()
     try:
         return node.run()
     finally:
@@ -68,10 +66,7 @@ class Node:
     begun: int = 0
     """The newest incarnation in which ranks of this node have begun."""
     heard_at: float = field(default_factory=time.monotonic)
-    stop_requests: int = 0
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop_requests += 1
+    stopping: Stopping = field(default_factory=Stopping)
 
     def run(self) -> int:
         """Follow the run to the end of an attempt; the exit code."""
@@ -87,7 +82,7 @@ class Node:
 
     def _look(self) -> int | None:
         """One look at everything; the exit code when there is nothing left to do. Raises: Fenced, Refusal"""
-        if self.stop_requests > 1 or (self.stop_requests and self.program is None):
+        if self.stopping.is_urgent or (self.stopping.is_asked and self.program is None):
             return EXIT_STOPPED
         record = newest(self.paths)
         if self.record is not None and record is not None and record.outcome is not None:
@@ -115,6 +110,8 @@ class Node:
                 f"{self.paths.root} is trained on {its}, this command says {mine}: give every node the same command, "
                 "but for --trainer.node-rank."
             )
+        if self.trainer.rendezvous is None:  # on Slurm the first node chooses it
+            self.trainer = self.trainer.model_copy(update={"rendezvous": there.rendezvous})
         role = f"node{self.trainer.node_rank}"
         try:
             incarnation = take_over(self.paths, record, role)
@@ -176,7 +173,7 @@ class Node:
         if not program.workshop.exists():
             self.end()
             return
-        if self.stop_requests:
+        if self.stopping.is_asked:
             notes.ask_to_stop(program.workshop, self.trainer.node_rank)
         code = program.poll()
         if code is not None and code not in (EXIT_OK, EXIT_STOPPED):

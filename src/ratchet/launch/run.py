@@ -45,7 +45,7 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
     console = Console(opened.paths, kind, config.max_steps, log, begins_at=opened.record.plan.step)
     _greet(console, opened)
     supervisor, tracking = Supervisor(opened, console), Tracking(opened)
-    supervisor.install_signal_handlers()
+    supervisor.stopping.install()
     try:
         with console, contextlib.ExitStack() as held:
             _start_children(supervisor, config, roles, held)
@@ -127,10 +127,9 @@ def _start_servers(
 ) -> list[str]:
     """Start the replicas, each on a port of its own; returns their URLs."""
     urls = []
-    for replica in range(settings.replicas):
+    for replica, name in enumerate(settings.names):
         server = held.enter_context(listen(settings.host, 0))
         fd = server.fileno()
-        name = "inference" if settings.replicas == 1 else f"inference_{replica}"
         supervisor.start(
             "inference",
             *("--fd", str(fd), "--name", name),

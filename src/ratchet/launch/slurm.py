@@ -2,9 +2,10 @@
 
     here            try the file system ─► submit what is not queued or running yet ─► slurm/jobs.jsonl
     in each job     Job: start the program, pass signals on, queue again when it stopped on request
-    the program     `python -m ratchet.cli.job KIND ROLE`, the resolved configuration on its input
+    the program     `python -m ratchet.cli.job KIND NAME`, the resolved configuration on its input
 
-The jobs share the run directory and meet there (`cluster.py`); they are told nothing of each other.
+One job for the trainer, with a task on each of its nodes; one for the orchestrator; one for each server. They share
+the run directory and meet there (`cluster.py`); they are told nothing of each other.
 """
 
 import os
@@ -22,7 +23,8 @@ from typing import Any
 import msgspec
 
 from ratchet import config_io
-from ratchet.config import RLConfig, SFTConfig, SlurmConfig
+from ratchet.attempts import KINDS
+from ratchet.config import RLConfig, SFTConfig, SlurmConfig, SlurmRoleConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, RatchetError, Refusal
 from ratchet.launch import filesystem
 from ratchet.launch.join import newest
@@ -39,24 +41,25 @@ _ALIVE = {
     *("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "REQUEUE_HOLD"),
     *("SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT"),
 }
-# The accounting hears of a job a while after it was submitted, and forgets old ones.
-_NOT_HEARD_OF_S = 600.0
+_PORTS = range(20000, 30000)
+"""Where the nodes of a trainer meet, chosen by the number of its job."""
 
 
 class Submitted(msgspec.Struct, frozen=True):
     """A job that was submitted: one line of jobs.jsonl."""
 
-    role: str
+    name: str
+    """Of the program: `trainer`, `orchestrator`, `inference`, `inference_1`."""
     job: str
     executor: str
 
 
 @dataclass
 class Job:
-    """What runs inside a job: one program of a run, from its start to the end of the run."""
+    """What runs inside a job, on each of its machines: one program of a run, from its start to the end of the run."""
 
     kind: str
-    role: str
+    name: str
     config: str
     """The resolved configuration as TOML."""
     folder: str
@@ -79,11 +82,27 @@ class Job:
             signal.signal(signal.SIGUSR2, requeue)
             os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own way: `checkpoint`, then requeue
         if code not in (EXIT_OK, EXIT_STOPPED):
-            raise RatchetError(f"The {self.role} ended with exit code {code}.")
+            raise RatchetError(f"The {self.name} ended with exit code {code}.")
         return code
+
+    def _placed(self) -> str:
+        """The configuration of this task: which node of the trainer it is; the first says where they meet."""
+        if self.name != "trainer":
+            return self.config
+        config = config_io.parse_toml(KINDS[self.kind], self.config.encode(), "the job's configuration")
+        assert isinstance(config, SFTConfig | RLConfig)
+        if config.trainer.nnodes == 1:
+            return self.config
+        place = _submitit().JobEnvironment()
+        port = _PORTS[int(place.raw_job_id) % len(_PORTS)]
+        meeting = config.trainer.rendezvous or f"{socket.gethostname()}:{port}"
+        where = {"node_rank": place.node} | ({"rendezvous": meeting} if place.node == 0 else {})
+        trainer = config.trainer.model_copy(update=where)
+        return config_io.to_toml(config.model_copy(update={"trainer": trainer})).decode()
 
     def _run_program(self, asked: list[int]) -> int:
         """Run the program to its exit code; a signal asks it to stop, and is noted in `asked`."""
+        config = self._placed()
         child: list[subprocess.Popen[bytes]] = []
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -96,14 +115,14 @@ class Job:
         # in those that it starts: they are asked by SIGTERM alone.
         for number in _WARNINGS:
             signal.signal(number, signal.SIG_IGN)
-        command = [sys.executable, "-m", "ratchet.cli.job", self.kind, self.role]
+        command = [sys.executable, "-m", "ratchet.cli.job", self.kind, self.name]
         environment = {**os.environ, "RATCHET_PARENT": str(os.getpid())}
         child.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
         for number in _WARNINGS:
             signal.signal(number, stop)
         stdin = child[0].stdin
         assert stdin is not None
-        stdin.write(self.config.encode())
+        stdin.write(config.encode())
         stdin.close()
         if asked:
             child[0].send_signal(signal.SIGTERM)
@@ -123,84 +142,78 @@ def submit(kind: str, config: SFTConfig | RLConfig, settings: SlurmConfig) -> in
     """
     paths = RunPaths(config.output_dir)
     folder = paths.root.resolve() / FOLDER
-    roles = _roles(config, settings)
+    names = _names(config, settings)
     filesystem.require(paths.root)
     if warning := disk_warning(config):
         LOGGER.warning("%s", warning)
     folder.mkdir(exist_ok=True)
     word = f"seen-{secrets.token_hex(4)}"
     (folder / word).touch()
-    alive: dict[str, Any] = {}
-    for role in roles:
-        job = _find(folder, role, settings)
+    jobs: dict[str, Any] = {}
+    for name in names:
+        job = _find(folder, name, settings)
         if job is None:
             local = settings.executor == "local"
-            task = Job(kind, role, config_io.to_toml(config).decode(), str(folder), word, local)
-            job = _executor(folder, role, config, settings, alive).submit(task)
-            _note(folder, Submitted(role, job.job_id, settings.executor))
-            LOGGER.info("%s: job %s, its log is %s", role, job.job_id, job.paths.stderr)
+            task = Job(kind, name, config_io.to_toml(config).decode(), str(folder), word, local)
+            job = _executor(folder, name, config, settings, jobs).submit(task)
+            _note(folder, Submitted(name, job.job_id, settings.executor))
+            LOGGER.info("%s: job %s, its log is %s", name, job.job_id, job.paths.stderr)
         else:
-            LOGGER.info("%s: job %s is there already (%s)", role, job.job_id, job.state)
-        alive[role] = job
+            LOGGER.info("%s: job %s is there already", name, job.job_id)
+        jobs[name] = job
     if not settings.wait:
         LOGGER.info("The run is in %s; the same command says how its jobs stand.", paths.root)
         return EXIT_OK
-    return _wait(paths, alive)
+    return _wait(paths, jobs, settings)
 
 
-def _roles(config: SFTConfig | RLConfig, settings: SlurmConfig) -> tuple[str, ...]:
+def _names(config: SFTConfig | RLConfig, settings: SlurmConfig) -> tuple[str, ...]:
     """The jobs of a run, the trainer first: the others wait for it. Raises: Refusal"""
-    for role in ("trainer", "orchestrator", "inference"):
-        nodes = getattr(settings, role).nodes
-        if nodes > 1:
-            raise Refusal(
-                f"slurm.{role}.nodes is {nodes}: a job of the {role} runs on one machine; set it to 1."
-            )
-    if config.trainer.nnodes > 1:
+    if config.trainer.nnodes > 1 and settings.executor == "local":
         raise Refusal(
-            f"trainer.nnodes is {config.trainer.nnodes}: --slurm starts the trainer on one machine; set it to 1, or "
-            "start the nodes from a batch script of your own, with `srun` and --trainer.node-rank $SLURM_NODEID."
+            f"trainer.nnodes is {config.trainer.nnodes}: the local executor has one machine; set it to 1, or start the "
+            "nodes yourself, the same command with --trainer.node-rank."
         )
     if not isinstance(config, RLConfig):
         return ("trainer",)
-    if config.inference is not None and config.inference.replicas > 1:
-        raise Refusal(
-            f"inference.replicas is {config.inference.replicas}: --slurm starts one inference job; set it to 1, or "
-            "start the servers yourself and name them in orchestrator.client.base_url."
-        )
-    own = ("inference",) if config.inference is not None else ()
-    return ("trainer", "orchestrator", *own)
+    servers = config.inference.names if config.inference is not None else ()
+    return ("trainer", "orchestrator", *servers)
 
 
 def _executor(
-    folder: Path, role: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
+    folder: Path, name: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
 ) -> Any:
     """submitit's executor with everything that the settings ask for. Raises: Refusal"""
     submitit = _submitit()
     try:
         executor = submitit.AutoExecutor(
-            folder=folder / role, cluster=settings.executor, slurm_max_num_timeout=settings.requeues
+            folder=folder / name, cluster=settings.executor, slurm_max_num_timeout=settings.requeues
         )
-        executor.update_parameters(**parameters(role, config, settings, others))
+        executor.update_parameters(**parameters(name, config, settings, others))
     except (RuntimeError, ValueError, NameError) as error:
         raise Refusal(
-            f"submitit cannot use executor {settings.executor!r} for slurm.{role} ({error}): submit from a machine "
-            "with sbatch, or correct the [slurm] table."
+            f"submitit cannot use executor {settings.executor!r} for slurm.{_role(name)} ({error}): submit from a "
+            "machine with sbatch, or correct the [slurm] table."
         ) from None
     return executor
 
 
+def _role(name: str) -> str:
+    """The table of `[slurm]` that a job goes by."""
+    return "inference" if name.startswith("inference") else name
+
+
 def parameters(
-    role: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
+    name: str, config: SFTConfig | RLConfig, settings: SlurmConfig, others: dict[str, Any]
 ) -> dict[str, Any]:
     """What submitit is told for one job, by its names. The others start when the trainer's job has started."""
-    wanted = getattr(settings, role)
+    wanted: SlurmRoleConfig = getattr(settings, _role(name))
     after = {"dependency": f"after:{others['trainer'].job_id}"} if "trainer" in others else {}
     extra = {"requeue": True, **after, **settings.extra, **wanted.extra}
     given = {
-        "name": f"{config.output_dir.name}-{role}",
+        "name": f"{config.output_dir.name}-{name}",
         "timeout_min": settings.time_min,
-        "nodes": wanted.nodes,
+        "nodes": config.trainer.nnodes if name == "trainer" else 1,
         "tasks_per_node": 1,
         "gpus_per_node": wanted.gpus,
         "cpus_per_task": wanted.cpus,
@@ -228,20 +241,32 @@ def _note(folder: Path, job: Submitted) -> None:
         file.write(msgspec.json.encode(job) + b"\n")
 
 
-def _find(folder: Path, role: str, settings: SlurmConfig) -> Any:
-    """The job of a role that was submitted before and has not ended; None without one."""
+def _find(folder: Path, name: str, settings: SlurmConfig) -> Any:
+    """The job of a program that was submitted before and has not ended; None without one. Raises: Refusal"""
     lines = (folder / JOBS).read_bytes().splitlines() if (folder / JOBS).exists() else []
     submitted = [msgspec.json.decode(line, type=Submitted) for line in lines]
-    mine = [job for job in submitted if job.role == role and job.executor == settings.executor]
+    mine = [job for job in submitted if job.name == name and job.executor == settings.executor]
     if not mine:
         return None
     submitit = _submitit()
     if settings.executor == "local":
-        job = submitit.LocalJob(folder / role, mine[-1].job)
-        return job if _is_local_job(mine[-1].job, folder / role) else None
-    job = submitit.SlurmJob(folder / role, mine[-1].job)
-    is_new = time.time() - (folder / JOBS).stat().st_mtime < _NOT_HEARD_OF_S
-    return job if job.state in _ALIVE or (job.state == "UNKNOWN" and is_new) else None
+        job = submitit.LocalJob(folder / name, mine[-1].job)
+        return job if _is_local_job(mine[-1].job, folder / name) else None
+    return submitit.SlurmJob(folder / name, mine[-1].job) if _is_queued(mine[-1].job) else None
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm has a job that will still do something: it knows that at once, and without any accounting.
+
+    Raises: Refusal if Slurm cannot be asked
+    """
+    command = ["squeue", "--noheader", "--format", "%T", "--jobs", job]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        raise Refusal(
+            f"Slurm does not say how job {job} stands ({asked.stderr.strip()}): give the command again when it does."
+        )
+    return asked.stdout.strip() in _ALIVE
 
 
 def _is_local_job(pid: str, folder: Path) -> bool:
@@ -253,9 +278,11 @@ def _is_local_job(pid: str, folder: Path) -> bool:
     return b"submitit.local._local" in line and str(folder).encode() in line
 
 
-def _wait(paths: RunPaths, jobs: dict[str, Any]) -> int:
+def _wait(paths: RunPaths, jobs: dict[str, Any], settings: SlurmConfig) -> int:
     """Until every job has ended; the exit code of the run."""
-    while not all(job.done() for job in jobs.values()):
+    while any(
+        _is_queued(job.job_id) if settings.executor == "slurm" else not job.done() for job in jobs.values()
+    ):
         time.sleep(POLL_S)
     record = newest(paths)
     if record is None or record.outcome is None:

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 
 import msgspec
 
@@ -22,12 +21,12 @@ from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
 from ratchet.launch import restarts
 from ratchet.launch.opening import Attempt
 from ratchet.launch.program import Program, Ranks, Recipe
+from ratchet.launch.stopping import Stopping
 from ratchet.report.console import Console
 
 POLL_S = 0.05
 PULSE_S = 0.5
 GRACE_S = 20.0
-SAME_SIGNAL_S = 0.5
 LAST_LINES = 15
 
 
@@ -74,8 +73,7 @@ class Supervisor:
     attempt: Attempt
     console: Console
     children: dict[str, Child] = field(default_factory=dict)
-    stop_requests: int = 0
-    signalled_at: float = -SAME_SIGNAL_S
+    stopping: Stopping = field(default_factory=Stopping)
     pulses_taken_at: float = 0.0
 
     def start(
@@ -107,29 +105,17 @@ class Supervisor:
             frozen_s=self.attempt.config.launch.frozen_s,
         )
 
-    def install_signal_handlers(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Count a request to stop; two at once are one: a scheduler signals every process of a job, and a wrapper
-        passes on what it was sent itself."""
-        now = time.monotonic()
-        if now - self.signalled_at > SAME_SIGNAL_S:
-            self.stop_requests += 1
-        self.signalled_at = now
-
     def run(self) -> tuple[int, str]:
         """Watch until every program has done its work; returns the exit code and the reason."""
         asked = False
         while True:
             self.console.refresh()
-            if not self.stop_requests and any(c.program.is_asked_to_stop for c in self.children.values()):
-                self.stop_requests = 1
-            if self.stop_requests > 1:
+            if any(child.program.is_asked_to_stop for child in self.children.values()):
+                self.stopping.ask()
+            if self.stopping.is_urgent:
                 self.kill()
                 return EXIT_STOPPED, "stopped at once by a second signal"
-            if self.stop_requests and not asked:
+            if self.stopping.is_asked and not asked:
                 self.console.say("Stopping after this step; once more to stop at once.")
                 self.signal("trainer", signal.SIGTERM)
                 asked = True
