@@ -16,9 +16,11 @@ from ratchet.attempts import Outcome, Plan
 from ratchet.config import InferenceConfig, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch import devices
+from ratchet.launch.births import Nursery
 from ratchet.launch.nodes import ranks_of
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
+from ratchet.launch.program import child_environment
 from ratchet.launch.supervisor import Supervisor
 from ratchet.launch.tracking import Tracking
 from ratchet.report import page, rollouts
@@ -48,6 +50,7 @@ def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[]
     supervisor.install_signal_handlers()
     try:
         with console, contextlib.ExitStack() as held:
+            supervisor.nursery = _open_nursery(config, roles, held)
             _start_children(supervisor, config, roles, held)
             tracking.start()
             _prepare_report(opened)
@@ -104,6 +107,19 @@ def _greet(console: Console, opened: Attempt) -> None:
         )
     if warning := disk_warning(opened.config):
         console.say(f"Warning: {warning}")
+
+
+def _open_nursery(config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack) -> Nursery | None:
+    """For the trainer and our own servers; vLLM's are programs of another kind."""
+    own = [role for role in roles if role == "trainer"]
+    if "inference" in roles and isinstance(config, RLConfig) and config.inference is not None:
+        own += ["inference"] if config.inference.engine != "vllm" else []
+    try:
+        nursery = Nursery(own, child_environment(threads=1))
+    except OSError:
+        return None
+    held.callback(nursery.close)
+    return nursery
 
 
 def _start_children(

@@ -20,6 +20,7 @@ from ratchet import attempts, durable, metrics, resume
 from ratchet.attempts import Plan, Restart
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
 from ratchet.launch import restarts
+from ratchet.launch.births import Nursery
 from ratchet.launch.opening import Attempt
 from ratchet.launch.program import Program, Ranks, Recipe
 from ratchet.report.console import Console
@@ -77,6 +78,8 @@ class Supervisor:
     stop_requests: int = 0
     signalled_at: float = -SAME_SIGNAL_S
     pulses_taken_at: float = 0.0
+    nursery: Nursery | None = None
+    """Where the programs that need torch come from."""
 
     def start(
         self,
@@ -105,6 +108,7 @@ class Supervisor:
             incarnation=incarnation,
             workshop=workshop.directory,
             frozen_s=self.attempt.config.launch.frozen_s,
+            nursery=self.nursery,
         )
 
     def install_signal_handlers(self) -> None:
