@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -20,7 +20,7 @@ import msgspec
 from ratchet.errors import EXIT_STOPPED
 from ratchet.nursery import Order
 
-_MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
+MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
 """What a program of each role imports, of those that need torch."""
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.005
@@ -39,10 +39,9 @@ class Process(Protocol):
 class Nursery:
     """Verbs: start, close."""
 
-    def __init__(self, roles: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Raises: OSError where this process cannot adopt what the nursery forks"""
-        self.roles = frozenset(roles)
-        modules = ",".join(_MODULES[role] for role in roles)
+    def __init__(self, modules: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """What to import for each role. Raises: OSError where this process cannot adopt what the nursery forks"""
+        self.roles = frozenset(modules)
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
         self._expected: deque[Birth] = deque()
@@ -50,7 +49,7 @@ class Nursery:
         with theirs:
             fd = str(theirs.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ratchet.nursery", fd, modules, "-" * _ROOM],
+                [sys.executable, "-m", "ratchet.nursery", fd, ",".join(modules.values()), "-" * _ROOM],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -81,10 +80,14 @@ class Nursery:
         while self._expected:
             self._expected.popleft().begin(None)
 
-    def close(self) -> None:
-        """What was born lives on; what is awaited must have been told to end."""
+    def give_up(self) -> None:
+        """From now on programs are started otherwise, those that are awaited too."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """What was born lives on; what is awaited must have been told to end."""
+        self.give_up()
         self.listen()
         self._link.close()
 
@@ -129,12 +132,15 @@ class Birth:
         return code
 
     def send_signal(self, sig: int, /) -> None:
-        """One that is asked to stop before it was born has stopped."""
+        """Before it was born: asked to stop, it has stopped; killed, it may have been awaited for too long."""
         if self.poll() is not None:
             return
         if self._other is not None:
             self._other.send_signal(sig)
         elif self._pid is not None:
             os.kill(self._pid, sig)
+        elif sig == signal.SIGKILL:
+            self._code = -sig
+            self._nursery.give_up()
         else:
-            self._code = EXIT_STOPPED if sig in (signal.SIGTERM, signal.SIGINT) else -sig
+            self._code = EXIT_STOPPED
