@@ -4,7 +4,7 @@
     launcher ◄──── process id ───┘
 
 The process between the two forks ends at once, which makes the launcher, a "subreaper", the parent: it waits for the
-program and the program dies with it, and how the nursery fares is of no concern to either. The nursery has one thread,
+program, the program dies with it, and how the nursery fares is of no concern to either. The nursery has one thread,
 uses no GPU and does nothing but import, so what is forked from it is as good as a fresh interpreter.
 """
 
@@ -14,6 +14,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from ratchet import process
+from ratchet.errors import EXIT_CRASH
 
 MOST_BYTES = 1 << 20
 MOST_FDS = 8
@@ -42,6 +44,8 @@ def main() -> None:
     with process.imports():
         for name in sys.argv[2].split(","):
             importlib.import_module(name)
+    if threading.active_count() > 1:
+        os._exit(EXIT_CRASH)  # the locks of another thread would stay locked in what is forked
     link = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, fds, _, _ = socket.recv_fds(link, MOST_BYTES, MOST_FDS)

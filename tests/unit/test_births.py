@@ -173,6 +173,22 @@ def test_without_a_nursery_programs_are_started_otherwise(place, listener):
     nursery.close()
 
 
+def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
+    (place / "busy.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
+    )
+    nursery = Nursery({"trainer": "busy"}, child_environment(threads=1))
+    wanted, otherwise = order(place, listener, "0"), []
+
+    def start():
+        otherwise.append(_start_alone(wanted))
+        return otherwise[0]
+
+    assert nursery.start(wanted, start).wait(20) == 0
+    assert otherwise
+    nursery.close()
+
+
 def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
     nursery = Nursery({"trainer": "slow"}, child_environment(threads=1))
     asked, other = (
