@@ -88,6 +88,8 @@ def _become(order: Order, fds: Sequence[int]) -> None:
     os.setsid()
     for fd, number in zip(fds, order.fds, strict=True):
         os.dup2(fd, number)
+        if fd != number:
+            os.close(fd)
     output = os.open(order.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for number in (1, 2):
         os.dup2(output, number)
