@@ -29,17 +29,11 @@ def calm(tmp_path_factory):
     return root
 
 
-def rank_of(pid):
-    with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123
-        found = dict(item.partition(b"=")[::2] for item in file.read().split(b"\0"))
-    return int(found[b"RANK"])
-
-
 def ranks(root):
-    """The trainer's processes by rank, once both give signs of life."""
+    """The trainer's processes by rank, in which order they were started, once both give signs of life."""
     workshops = RunPaths(root).staging
     wait_until(lambda: list(workshops.glob("*.trainer.*/heartbeat.1")))
-    return {rank_of(pid): pid for pid in processes_of(root, "trainer")}
+    return dict(enumerate(sorted(processes_of(root, "trainer"))))
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.campaign), 1])

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -104,6 +105,21 @@ def test_this_interpreter_and_its_packages_fit():
     found = machine.packages()
     assert found.verdict == "ok", found.text
     assert "torch" in found.text
+
+
+def test_programs_that_compile_torch_at_every_start_are_warned_of(monkeypatch, tmp_path):
+    torch = SimpleNamespace(cached=str(tmp_path / "torch.pyc"))
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: torch)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = machine.byte_code()
+    assert found is not None
+    assert found.verdict == "warning"
+    assert "--compile-bytecode" in found.remedy
+    Path(torch.cached).touch()
+    assert machine.byte_code() is None, "what is compiled already need not be written"
+    Path(torch.cached).unlink()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert machine.byte_code() is None, "the first start writes it"
 
 
 def test_another_platform_is_said(monkeypatch):

@@ -64,6 +64,8 @@ def _subject(what: str | None, settings: list[str]) -> tuple[RunConfig | None, P
 def _examine(config: RunConfig | None, directory: Path, is_planned: bool) -> Iterator[Finding]:
     yield machine.python()
     yield machine.packages()
+    if (slow := machine.byte_code()) is not None:
+        yield slow
     found = machine.probe(config)
     yield machine.devices(found, config)
     yield machine.port()

@@ -1,5 +1,6 @@
 """What of this machine could keep a run from working: interpreter, packages, devices, port, memory, disk."""
 
+import importlib.util
 import platform
 import shutil
 import socket
@@ -58,6 +59,19 @@ def packages() -> Finding:
         return Finding("packages", "fails", "; ".join(wrong), _INSTALL)
     named = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     return Finding("packages", "ok", f"{named}, and {len(needed) - 2} others fit")
+
+
+def byte_code() -> Finding | None:
+    """A warning where every start of a program compiles torch and transformers anew."""
+    spec = importlib.util.find_spec("torch")
+    if not sys.dont_write_bytecode or spec is None or spec.cached is None or Path(spec.cached).exists():
+        return None
+    return Finding(
+        "byte code",
+        "warning",
+        "torch has none, and PYTHONDONTWRITEBYTECODE is set: every start of a program compiles it for seconds",
+        "`uv sync --compile-bytecode`, or unset the variable",
+    )
 
 
 def _misfit(requirement: Requirement) -> str | None:

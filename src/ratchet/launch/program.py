@@ -8,6 +8,7 @@ Between nodes the workshop is the only messenger. In it lie a heartbeat of each 
 launcher (`notes.py`); it is renamed away with the incarnation, and whatever is said in it too late is lost with it.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -20,7 +21,9 @@ from pathlib import Path
 from ratchet import heartbeat
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch import notes
+from ratchet.launch.births import Nursery, Process
 from ratchet.launch.restarts import Pulse
+from ratchet.nursery import Order
 
 RENDEZVOUS = "rendezvous"
 
@@ -64,7 +67,7 @@ class Recipe:
 class Program:
     """The processes of one incarnation on this machine, and the workshop that they share with those of others."""
 
-    processes: "dict[int, subprocess.Popen[bytes]]"
+    processes: dict[int, Process]
     """By rank."""
     workshop: Path
     pulses: dict[int, Pulse]
@@ -72,25 +75,31 @@ class Program:
 
     @classmethod
     def start(
-        cls, recipe: Recipe, run: Path, *, attempt: int, incarnation: int, workshop: Path, frozen_s: float
+        cls,
+        recipe: Recipe,
+        run: Path,
+        *,
+        attempt: int,
+        incarnation: int,
+        workshop: Path,
+        frozen_s: float,
+        nursery: Nursery | None = None,
     ) -> "Program":
         """Start every rank of this machine in a workshop that is open; their output goes to the recipe's log."""
-        command = [sys.executable, "-m", f"ratchet.{recipe.role}"]
-        command += [str(run), str(attempt), str(incarnation), *recipe.arguments]
         processes = {}
-        with recipe.log.open("ab") as output:
-            for rank in recipe.ranks.own:
-                processes[rank] = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=child_environment(recipe.threads)
-                    | rank_environment(rank, recipe.ranks, workshop)
-                    | {**recipe.environment},
-                    pass_fds=recipe.fds,
-                    start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
-                )
+        for rank in recipe.ranks.own:
+            order = Order(
+                module=f"ratchet.{recipe.role}",
+                arguments=[str(run), str(attempt), str(incarnation), *recipe.arguments],
+                environment=child_environment(recipe.threads)
+                | rank_environment(rank, recipe.ranks, workshop)
+                | {**recipe.environment},
+                log=str(recipe.log),
+                fds=list(recipe.fds),
+            )
+            alone = functools.partial(_start_alone, order)
+            has_nursery = nursery is not None and recipe.role in nursery.roles
+            processes[rank] = nursery.start(order, alone) if nursery and has_nursery else alone()
         now = time.monotonic()
         pulses = {rank: Pulse(frozen_s, now) for rank in range(recipe.ranks.total)}
         return cls(processes, workshop, pulses)
@@ -144,6 +153,20 @@ class Program:
         self.signal(signal.SIGKILL)
         for process in self.processes.values():
             process.wait()
+
+
+def _start_alone(order: Order) -> Process:
+    """A process of its own, which imports everything itself."""
+    with Path(order.log).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", order.module, *order.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=order.environment,
+            pass_fds=order.fds,
+            start_new_session=True,  # a Ctrl-C reaches the launcher alone, which decides
+        )
 
 
 def _cause(failed: list[int]) -> int:

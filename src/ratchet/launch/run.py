@@ -12,13 +12,15 @@ from typing import IO, Any
 import msgspec
 
 from ratchet import config_io, durable, metrics
-from ratchet.attempts import Outcome, Plan
+from ratchet.attempts import Outcome
 from ratchet.config import InferenceConfig, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
-from ratchet.launch import devices
+from ratchet.launch import births, devices
+from ratchet.launch.births import Nursery
 from ratchet.launch.nodes import ranks_of
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
+from ratchet.launch.program import child_environment
 from ratchet.launch.supervisor import Supervisor
 from ratchet.launch.tracking import Tracking
 from ratchet.report import page, rollouts
@@ -36,15 +38,23 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[], Fingerprints]) -> int:
     """Run one attempt of `sft` or `rl` to its exit code."""
-    opened = open_attempt(kind, config, check)
-    if isinstance(opened, Plan):
-        for message in opened.messages:
-            sys.stderr.write(f"{message}\n")
-        return EXIT_OK
+    with contextlib.ExitStack() as held:
+        nursery = _open_nursery(config, roles, held)  # it imports while the run is opened
+        opened = open_attempt(kind, config, check)
+        if isinstance(opened, Attempt):
+            return _carry_out(opened, roles, nursery)
+    for message in opened.messages:
+        sys.stderr.write(f"{message}\n")
+    return EXIT_OK
+
+
+def _carry_out(opened: Attempt, roles: tuple[str, ...], nursery: Nursery | None) -> int:
+    """Run an attempt that is open, and close it."""
+    config, kind = opened.config, opened.record.kind
     log = (opened.paths.attempt(opened.record.attempt) / "launcher.log").open("a")
     console = Console(opened.paths, kind, config.max_steps, log, begins_at=opened.record.plan.step)
     _greet(console, opened)
-    supervisor, tracking = Supervisor(opened, console), Tracking(opened)
+    supervisor, tracking = Supervisor(opened, console, nursery=nursery), Tracking(opened)
     supervisor.stopping.install()
     try:
         with console, contextlib.ExitStack() as held:
@@ -104,6 +114,19 @@ def _greet(console: Console, opened: Attempt) -> None:
         )
     if warning := disk_warning(opened.config):
         console.say(f"Warning: {warning}")
+
+
+def _open_nursery(config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack) -> Nursery | None:
+    """For the trainer and our own servers; vLLM's are programs of another kind."""
+    own = [role for role in roles if role in births.MODULES]
+    if not isinstance(config, RLConfig) or config.inference is None or config.inference.engine == "vllm":
+        own = ["trainer"]
+    try:
+        nursery = Nursery({role: births.MODULES[role] for role in own}, child_environment(threads=1))
+    except OSError:
+        return None
+    held.callback(nursery.close)
+    return nursery
 
 
 def _start_children(

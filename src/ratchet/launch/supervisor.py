@@ -19,6 +19,7 @@ from ratchet import attempts, durable, metrics, resume
 from ratchet.attempts import Plan, Restart
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, Refusal
 from ratchet.launch import restarts
+from ratchet.launch.births import Nursery
 from ratchet.launch.opening import Attempt
 from ratchet.launch.program import Program, Ranks, Recipe
 from ratchet.launch.stopping import Stopping
@@ -75,6 +76,8 @@ class Supervisor:
     children: dict[str, Child] = field(default_factory=dict)
     stopping: Stopping = field(default_factory=Stopping)
     pulses_taken_at: float = 0.0
+    nursery: Nursery | None = None
+    """Where the programs that need torch come from."""
 
     def start(
         self,
@@ -103,6 +106,7 @@ class Supervisor:
             incarnation=incarnation,
             workshop=workshop.directory,
             frozen_s=self.attempt.config.launch.frozen_s,
+            nursery=self.nursery,
         )
 
     def run(self) -> tuple[int, str]:

@@ -1,0 +1,146 @@
+"""Start programs by a nursery, which has imported torch once for all of them and for all that will replace them.
+
+Imports are nine tenths of a program's start: five CPU seconds each, three seconds and more until a crashed one is back.
+Where the nursery is not to be had, or dies, a program is started as a process of its own.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from ratchet.errors import EXIT_STOPPED
+from ratchet.nursery import Order
+
+MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
+"""What a program of each role imports, of those that need torch."""
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.005
+_ROOM = 1024
+"""Bytes for the command lines of what is forked, besides the path of the interpreter."""
+
+
+class Process(Protocol):
+    """What a launcher does with a program, however it was started: `subprocess.Popen`, or `Birth`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+class Nursery:
+    """Verbs: start, close."""
+
+    def __init__(self, modules: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """What to import for each role. Raises: OSError where this process cannot adopt what the nursery forks"""
+        self.roles = frozenset(modules)
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
+        self._expected: deque[Birth] = deque()
+        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fd = str(theirs.fileno())
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ratchet.nursery", fd, ",".join(modules.values()), "-" * _ROOM],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self._link.setblocking(False)
+
+    def start(self, order: Order, otherwise: Callable[[], Process]) -> Process:
+        """A program that is born when the nursery has imported, or by `otherwise` if that does not live so long."""
+        try:
+            socket.send_fds(self._link, [msgspec.json.encode(order)], order.fds)
+        except OSError:  # it is dead, or has more to read than it takes
+            return otherwise()
+        self._expected.append(Birth(self, otherwise))
+        return self._expected[-1]
+
+    def listen(self) -> None:
+        """Hear of the programs that were born since; none comes any more once the nursery is dead."""
+        try:
+            while self._expected and (answer := self._link.recv(32)):
+                self._expected.popleft().begin(int(answer))
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        while self._expected:
+            self._expected.popleft().begin(None)
+
+    def give_up(self) -> None:
+        """From now on programs are started otherwise, those that are awaited too."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """What was born lives on; what is awaited must have been told to end."""
+        self.give_up()
+        self.listen()
+        self._link.close()
+
+
+class Birth:
+    """A program that a nursery forks, to be treated like a `subprocess.Popen`."""
+
+    def __init__(self, nursery: Nursery, otherwise: Callable[[], Process]) -> None:
+        self._nursery = nursery
+        self._otherwise = otherwise
+        self._other: Process | None = None
+        self._pid: int | None = None
+        self._code: int | None = None
+
+    def begin(self, pid: int | None) -> None:
+        """It was born, or never will be. One that was ended before that is not to be."""
+        self._pid = pid
+        if self._code is None and pid is None:
+            self._other = self._otherwise()
+        elif self._code is not None and pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it lives or is awaited."""
+        if self._code is None and self._pid is None and self._other is None:
+            self._nursery.listen()
+        if self._other is not None:
+            return self._other.poll()
+        if self._code is None and self._pid is not None:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises: TimeoutExpired"""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and timeout is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked program", timeout)
+            time.sleep(_POLL_S)
+        return code
+
+    def send_signal(self, sig: int, /) -> None:
+        """Before it was born: asked to stop, it has stopped; killed, it may have been awaited for too long."""
+        if self.poll() is not None:
+            return
+        if self._other is not None:
+            self._other.send_signal(sig)
+        elif self._pid is not None:
+            os.kill(self._pid, sig)
+        elif sig == signal.SIGKILL:
+            self._code = -sig
+            self._nursery.give_up()
+        else:
+            self._code = EXIT_STOPPED
