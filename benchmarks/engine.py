@@ -7,7 +7,7 @@ PYTHON is the interpreter that `examples/vllm/build_env.sh DIR` prints; without 
 rollouts, sixteen of each prompt, of exactly 4 to 64 tokens each (`spread`) or all of the same length (`equal`), fp32,
 random weights. Ours and vLLM are standing servers, asked by the same client over HTTP, a logprob for each token; HF's
 two ways run in a process of their own, without. Each side is pinned to the same cores and has as many threads; the
-client runs on the others where there are any.
+client runs on the others where there are any. `products` is the limit: the weights' matrix products alone.
 
 Tokens a second are of wall time and of CPU time of the side's own processes, which other work on the machine moves
 less. A ratio is the median over the rounds.
@@ -205,7 +205,7 @@ def serving(name: str, model: Path, cores: list[int], root: Path, *settings: obj
 
 
 class Transformers:
-    """One of the two ways of the process of `peers/hf_generate.py`."""
+    """One of the ways of the process of `peers/hf_generate.py`."""
 
     def __init__(self, process: subprocess.Popen[str], way: str) -> None:
         self._process = process
@@ -281,6 +281,7 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
             process = stack.enter_context(transformers(model, cores, arguments.slots, root))
             sides["generate"] = Transformers(process, "generate").play
             sides["continuous"] = Transformers(process, "continuous").play
+            sides["products"] = Transformers(process, "products").play
         warm = Work(*(part[:: GROUP // 2] for part in make_work(chat, "spread")))
         for play in sides.values():
             play(warm)

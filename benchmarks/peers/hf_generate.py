@@ -1,8 +1,11 @@
 """transformers' own two ways to generate, started by `engine.py`: hf_generate.py MODEL THREADS SLOTS, tasks on stdin.
 
-A task is a line {"way": "generate" | "continuous", "prompts": [[token, ...], ...], "lengths": [...]}; the answer is a
-line with the useful tokens and the seconds. Fair: fp32, SDPA, one process that stays up, no logprobs asked for, and for
-continuous batching a cache of the size that the work needs (its default, sized by the free memory, is 20 times slower).
+A task is a line {"way": ..., "prompts": [[token, ...], ...], "lengths": [...]}; the answer is a line with the useful
+tokens and the seconds. Ways: `generate`, `continuous` (batching), and `products`, which generates nothing: the matrix
+products of the weights alone, with all slots always in use.
+
+Fair: fp32, SDPA, one process that stays up, no logprobs asked for, and for continuous batching a cache of the size that
+the work needs (its default, sized by the free memory, is 20 times slower).
 """
 
 import json
@@ -56,12 +59,22 @@ def continuous(prompts: list[list[int]], lengths: list[int]) -> int:
     return found
 
 
+@torch.inference_mode()
+def products(prompts: list[list[int]], lengths: list[int]) -> int:
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {width: torch.randn(slots, width) for width in {layer.in_features for layer in layers}}
+    for _ in range(-(-sum(lengths) // slots)):
+        for layer in layers:
+            layer(inputs[layer.in_features])
+    return sum(lengths)
+
+
 answers = sys.stdout
 sys.stdout = sys.stderr
 print("ready", file=answers, flush=True)
 for line in sys.stdin:
     task = json.loads(line)
-    play = {"generate": generate, "continuous": continuous}[task["way"]]
+    play = {"generate": generate, "continuous": continuous, "products": products}[task["way"]]
     started = time.perf_counter()
     tokens = play(task["prompts"], task["lengths"])
     print(json.dumps({"tokens": tokens, "wall_s": time.perf_counter() - started}), file=answers, flush=True)
