@@ -24,7 +24,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from engine import serving
 
@@ -88,24 +88,29 @@ def make_model(shape: str, root: Path) -> Path:
     return model
 
 
+def start(name: str, file: Path, core: int, output: IO[str]) -> subprocess.Popen[bytes]:
+    code = f"from ratchet.cli.programs import {name}; {name}()"
+    words = ["taskset", "-c", str(core), sys.executable, "-c", code, "@", str(file)]
+    return subprocess.Popen(words, stdout=output, stderr=output)
+
+
 def play(root: Path, model: Path, url: str, level: int, steps: int, cores: tuple[int, int, int]) -> Phases:
     """One run, from scratch to its last step."""
     file = root.with_suffix(".toml")
     text = RUN.format(root=root, model=model, url=url, level=level, steps=steps, data=EXAMPLE / "train.jsonl")
     file.write_text(text)
-    with root.with_suffix(".log").open("w") as log:
-        programs = []
-        for name, core in (("trainer", cores[0]), ("orchestrator", cores[2])):
-            code = f"from ratchet.cli.programs import {name}; {name}()"
-            words = ["taskset", "-c", str(core), sys.executable, "-c", code, "@", str(file)]
-            programs.append(subprocess.Popen(words, stdout=log, stderr=log))
-            while name == "trainer" and not list((root / "attempts").glob("*/record.json")):
-                if programs[0].poll() is not None:
-                    break
-                time.sleep(0.05)  # the orchestrator joins an attempt that is open
-        codes = [program.wait() for program in programs]
-    if any(codes):
-        raise SystemExit(f"the run ended with {codes}:\n{root.with_suffix('.log').read_text()[-3000:]}")
+    log = root.with_suffix(".log")
+    with log.open("w") as output:
+        trainer = start("trainer", file, cores[0], output)
+        while trainer.poll() is None and not list((root / "attempts").glob("*/record.json")):
+            time.sleep(0.05)  # the orchestrator joins an attempt that is open
+        programs = [trainer, start("orchestrator", file, cores[2], output)]
+        while any(program.poll() is None for program in programs) and not any(p.poll() for p in programs):
+            time.sleep(0.05)
+    for program in programs:
+        program.terminate()  # one that is left has lost the other
+    if codes := [code for program in programs if (code := program.wait())]:
+        raise SystemExit(f"the run ended with {codes}:\n{log.read_text()[-3000:]}")
     return phases(RunPaths(root))
 
 
