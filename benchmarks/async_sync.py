@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from engine import serving
+from engine import end_in_order, serving
 
 from ratchet import timeline
 from ratchet.paths import RunPaths
@@ -99,16 +99,18 @@ def play(root: Path, model: Path, url: str, level: int, steps: int, cores: tuple
     file = root.with_suffix(".toml")
     text = RUN.format(root=root, model=model, url=url, level=level, steps=steps, data=EXAMPLE / "train.jsonl")
     file.write_text(text)
-    log = root.with_suffix(".log")
+    log, programs = root.with_suffix(".log"), []
     with log.open("w") as output:
-        trainer = start("trainer", file, cores[0], output)
-        while trainer.poll() is None and not list((root / "attempts").glob("*/record.json")):
-            time.sleep(0.05)  # the orchestrator joins an attempt that is open
-        programs = [trainer, start("orchestrator", file, cores[2], output)]
-        while any(program.poll() is None for program in programs) and not any(p.poll() for p in programs):
-            time.sleep(0.05)
-    for program in programs:
-        program.terminate()  # one that is left has lost the other
+        try:
+            programs.append(start("trainer", file, cores[0], output))
+            while programs[0].poll() is None and not list((root / "attempts").glob("*/record.json")):
+                time.sleep(0.05)  # the orchestrator joins an attempt that is open
+            programs.append(start("orchestrator", file, cores[2], output))
+            while any(one.poll() is None for one in programs) and not any(one.poll() for one in programs):
+                time.sleep(0.05)
+        finally:
+            for program in programs:
+                program.terminate()  # one that is left has lost the other
     if codes := [code for program in programs if (code := program.wait())]:
         raise SystemExit(f"the run ended with {codes}:\n{log.read_text()[-3000:]}")
     return phases(RunPaths(root))
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="keep the runs there; by default a temporary directory")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    end_in_order()
     if arguments.root:
         arguments.root.mkdir(parents=True)
         run(arguments, arguments.root)
