@@ -12,7 +12,7 @@ from ratchet.inference import checks
 from ratchet.inference.engine import Engine, Sequence, Span
 from ratchet.inference.sampling import draw_uniforms, sample
 from ratchet.inference.serving import make_repeatable
-from ratchet.inference.slots import SlotModel
+from ratchet.inference.slots import SlotModel, possible_rungs
 from ratchet.models.build import build
 
 TINY = ModelConfig(name="examples/reverse_text/model", random_init=True)
@@ -128,7 +128,7 @@ def test_bits_hold_at_every_number_of_slots_that_the_startup_check_accepts(slots
 def test_reading_more_of_the_cache_changes_no_bit(engine, monkeypatch):
     wanted = requests(6, seed=3, longest=20)
     expected = finish(engine, wanted)
-    monkeypatch.setattr(engine.model, "buckets_spans", False)
+    monkeypatch.setattr(engine.model, "spans", engine.model.spans[-1:])
     assert finish(engine, wanted) == expected
 
 
@@ -151,7 +151,59 @@ def test_a_prompt_computed_once_for_a_group_has_the_bits_of_computing_it_again(e
     assert shared == separate
 
 
-@pytest.mark.parametrize("broken", ["slot", "span"])
+def test_few_sequences_gather_in_the_first_rows_and_no_bit_changes(monkeypatch):
+    engine = build_engine(slots=48)
+    checks.check_model(engine.model)
+    assert checks.is_batch_invariant(engine.model)
+    assert engine.model.rungs == [16, 32, 48]
+    # The first to come, which have the first slots, are the first to end.
+    wanted = [{**one, "max_tokens": 3 + i // 2} for i, one in enumerate(requests(44, seed=5))]
+    decoded = []
+    decode = engine.model.decode
+
+    def spy(tokens_R, positions_R, span=None):
+        decoded.append((len(tokens_R), len(engine.active)))
+        return decode(tokens_R, positions_R, span)
+
+    monkeypatch.setattr(engine.model, "decode", spy)
+    found = finish(engine, wanted)
+    assert {rows for rows, _ in decoded} == {16, 32, 48}
+    assert all(rows - 16 < active <= rows for rows, active in decoded)
+    monkeypatch.setattr(engine.model, "rungs", [48])
+    assert found == finish(engine, wanted) == alone(engine, wanted)
+
+
+def test_a_number_of_rows_that_gives_other_bits_is_not_used(monkeypatch):
+    slot_model = build_engine(slots=64).model
+    checks.check_model(slot_model)
+    decode = slot_model.decode
+
+    def uneven(tokens_R, positions_R, span=None):
+        logits_RV = decode(tokens_R, positions_R, span)
+        if len(tokens_R) == 32:
+            logits_RV[3, 0] = torch.nextafter(logits_RV[3, 0], torch.tensor(9.0))
+        return logits_RV
+
+    monkeypatch.setattr(slot_model, "decode", uneven)
+    assert checks.is_batch_invariant(slot_model)
+    assert slot_model.rungs == [16, 48, 64]
+    assert [slot_model.rows(count) for count in (1, 16, 17, 48, 49)] == [16, 16, 48, 48, 64]
+
+
+def test_a_few_numbers_of_rows_are_tried_however_many_slots_there_are():
+    assert possible_rungs(16) == []
+    assert possible_rungs(40) == [16, 32]
+    assert possible_rungs(128) == [16, 32, 48, 64, 80, 96, 112]
+    assert possible_rungs(1000) == [128, 256, 384, 512, 640, 768, 896]
+
+
+def test_a_step_reads_little_more_than_the_longest_sequence():
+    slot_model = SlotModel(build_model(), 2, 1000)
+    assert slot_model.spans == [32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    assert [slot_model.span(length) for length in (1, 32, 33, 300, 1000)] == [32, 32, 64, 320, 1024]
+
+
+@pytest.mark.parametrize("broken", ["slot", "draw", "span"])
 def test_the_startup_check_sees_a_machine_that_is_not_invariant(broken, monkeypatch):
     slot_model = build_engine().model
     checks.check_model(slot_model)
@@ -165,10 +217,18 @@ def test_the_startup_check_sees_a_machine_that_is_not_invariant(broken, monkeypa
 
         monkeypatch.setattr(slot_model, "decode", uneven)
         assert not checks.is_batch_invariant(slot_model)
+    elif broken == "draw":
+
+        def uneven_draw(logits_RV, *chances):
+            tokens_R, logprobs_R = sample(logits_RV, *chances)
+            return tokens_R, logprobs_R - 1e-12 * torch.arange(len(logprobs_R))
+
+        monkeypatch.setattr(checks, "sample", uneven_draw)
+        assert not checks.is_batch_invariant(slot_model)
     else:
         exact = checks.decode_attention
         monkeypatch.setattr(
-            checks, "decode_attention", lambda *a: exact(*a) * (1 + 1e-6 * (a[1].shape[2] > 64))
+            checks, "decode_attention", lambda *a: exact(*a) * (1 + 1e-6 * (a[3].shape[-1] > 64))
         )
         assert checks.is_batch_invariant(slot_model)
         assert slot_model.span(3) == LENGTH

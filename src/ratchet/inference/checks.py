@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ratchet.errors import Refusal
-from ratchet.inference.slots import ATTENTION, SMALLEST_SPAN, SlotModel, decode_attention
+from ratchet.inference.sampling import sample
+from ratchet.inference.slots import ATTENTION, ROWS, SlotModel, decode_attention, possible_rungs
 from ratchet.log import LOGGER
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -64,41 +65,65 @@ def check_model(slot_model: SlotModel) -> None:
 
 @torch.inference_mode()
 def is_batch_invariant(slot_model: SlotModel) -> bool:
-    """Whether every slot computes the same bits, and whether they depend on how much cache is read.
+    """Whether every slot computes the same bits, and whether they depend on how much of the cache takes part.
 
-    Where only the second fails, every step reads the whole cache from here on. Needs a placed prompt
-    (`check_model` leaves one).
+    Where only the second fails, every step reads the whole cache, or decodes all slots, from here on. Needs a placed
+    prompt (`check_model` leaves one).
     """
     generator = torch.Generator().manual_seed(0)
-    for keys_SKTD, values_SKTD in slot_model.cache.rows:
-        for store_SKTD in (keys_SKTD, values_SKTD):
-            row = torch.randn(store_SKTD.shape[1:], generator=generator).to(store_SKTD)
-            store_SKTD.copy_(row.expand_as(store_SKTD))
-    slot_model.buckets_spans = _spans_agree(slot_model, generator)
+    for row in slot_model.cache.rows:
+        for store_NSKPD in row:
+            row_N1KPD = torch.randn(store_NSKPD[:, :1].shape, generator=generator).to(store_NSKPD)
+            store_NSKPD.copy_(row_N1KPD.expand_as(store_NSKPD))
+    if not _spans_agree(slot_model, generator):
+        slot_model.spans = slot_model.spans[-1:]
     tokens_S = torch.full((slot_model.slots,), 1)
-    logits_SV = slot_model.decode(tokens_S, torch.full_like(tokens_S, slot_model.max_model_len - 1))
-    return bool((logits_SV == logits_SV[:1]).all())
+    last_S = torch.full_like(tokens_S, slot_model.max_model_len - 1)
+    slot_model.rungs = [*_good_rungs(slot_model, last_S), slot_model.slots]
+    return all(bool((found == found[:1]).all()) for found in _step(slot_model, tokens_S, last_S))
+
+
+def _step(
+    slot_model: SlotModel, tokens_R: torch.Tensor, positions_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and drawn logprobs of one step. Shapes: -> (R, V), (R,)"""
+    logits_RV = slot_model.decode(tokens_R, positions_R)
+    ones_R = torch.ones(len(tokens_R), dtype=torch.float64)
+    return logits_RV, sample(logits_RV, ones_R, ones_R / 2)[1]
+
+
+def _good_rungs(slot_model: SlotModel, positions_S: torch.Tensor) -> list[int]:
+    """Numbers of rows at which a step computes the bits of all slots, whose rows are different here.
+
+    On a CPU only: a step of a GPU takes as long for a few rows.
+    """
+    if slot_model.device.type != "cpu":
+        return []
+    tokens_S = torch.arange(slot_model.slots) % slot_model.model.config.get_text_config().vocab_size
+    expected = _step(slot_model, tokens_S, positions_S)
+
+    def agrees(rung: int) -> bool:
+        found = _step(slot_model, tokens_S[:rung], positions_S[:rung])
+        return all(torch.equal(a, b[:rung]) for a, b in zip(found, expected, strict=True))
+
+    return [rung for rung in possible_rungs(slot_model.slots) if agrees(rung)]
 
 
 def _spans_agree(slot_model: SlotModel, generator: torch.Generator) -> bool:
-    """Attention over a row that a smaller span just holds: the same bits at every span."""
-    whole = slot_model.cache.length
+    """Attention over rows that a smaller span just holds: the same bits at every span. On a CPU a few rows will do."""
+    cache = slot_model.cache
+    rows = min(slot_model.slots, ROWS) if slot_model.device.type == "cpu" else slot_model.slots
     heads = slot_model.model.config.get_text_config().num_attention_heads
-    keys_SKTD, values_SKTD = slot_model.cache.rows[0]
-    shape = (slot_model.slots, heads, 1, keys_SKTD.shape[-1])
-    query_SH1D = torch.randn(shape, generator=generator).to(keys_SKTD)
+    keys_NSKPD, values_NSKPD = cache.rows[0]
+    query_RH1D = torch.randn((rows, heads, 1, keys_NSKPD.shape[-1]), generator=generator).to(keys_NSKPD)
 
     def attend(length: int, span: int) -> torch.Tensor:
-        hidden_S11T = (torch.arange(span, device=keys_SKTD.device) >= length).expand(shape[0], 1, 1, span)
-        return decode_attention(
-            query_SH1D, keys_SKTD[:, :, :span], values_SKTD[:, :, :span], hidden_S11T, 1.0
-        )
+        hidden_R11T = (torch.arange(span, device=keys_NSKPD.device) >= length).expand(rows, 1, 1, span)
+        keys, values = (cache.read(store, rows, span) for store in (keys_NSKPD, values_NSKPD))
+        return decode_attention(query_RH1D, keys, values, hidden_R11T, 1.0)
 
-    spans = [SMALLEST_SPAN]
-    while spans[-1] < whole:
-        spans.append(min(2 * spans[-1], whole))
     return all(
-        torch.equal(attend(length, span), attend(length, whole))
-        for span in spans[:-1]
-        for length in (span // 2 + 3, span)
+        torch.equal(attend(length, span), attend(length, slot_model.spans[-1]))
+        for span in slot_model.spans[:-1]
+        for length in (span - 13, span)
     )

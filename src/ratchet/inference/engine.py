@@ -1,9 +1,10 @@
 """Continuous batching: which sequence is in which slot, what it has said, and when it is finished.
 
 Pure bookkeeping around `SlotModel`, for one thread. A step admits what waits into free slots, then decodes
-all slots once.
+once, over as few of the first slots as the model allows.
 """
 
+import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class Engine:
         self.tokens_sampled = 0
         self._decode_text = decode_text
         slots = slot_model.slots
-        self._free = list(reversed(range(slots)))
+        self._free = list(range(slots))  # a heap: sequences gather in the first slots
         self._prompts: OrderedDict[tuple[int, ...], Prefilled] = OrderedDict()
         self._prompts_kept = min(16, max(1, slots // 8))
         self._tokens_S = np.zeros(slots, dtype=np.int64)
@@ -157,7 +158,7 @@ class Engine:
         slots, logits = [], []
         for sequence in sequences:
             prefilled = self._prefill(sequence.prompt)
-            slot = self._free.pop()
+            slot = heapq.heappop(self._free)
             self.active[slot] = sequence
             self.model.place(slot, prefilled)
             self._positions_S[slot] = len(sequence.prompt)
@@ -170,13 +171,26 @@ class Engine:
             self._tell(some, *sample(torch.cat(part), temperatures_N, uniforms_N))
 
     def _decode(self) -> None:
-        slots = list(range(self.model.slots))
-        drawn = self.model.sample(
-            torch.from_numpy(self._tokens_S), torch.from_numpy(self._positions_S), *self._chances(slots)
+        rows = self.model.rows(len(self.active))
+        self._gather(rows)
+        slots = list(range(rows))
+        tokens_R, positions_R = (
+            torch.from_numpy(array[:rows]) for array in (self._tokens_S, self._positions_S)
         )
+        drawn = self.model.sample(tokens_R, positions_R, *self._chances(slots))
         for slot in self.active:
             self._positions_S[slot] += 1
         self._tell(slots, *drawn)
+
+    def _gather(self, rows: int) -> None:
+        """Move the sequences of the last slots into free ones among the first `rows`."""
+        for source in [slot for slot in self.active if slot >= rows]:
+            target = heapq.heappop(self._free)
+            self.model.move(source, target)
+            for array in (self._tokens_S, self._positions_S, self._temperatures_S, self._uniforms_SL):
+                array[target] = array[source]
+            self.active[target] = self.active[source]
+            self._release(source)
 
     def _chances(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Temperature and next uniform draw of each slot. Shapes: -> (N,) float64, (N,) float64"""
@@ -216,7 +230,7 @@ class Engine:
 
     def _release(self, slot: int) -> None:
         del self.active[slot]
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
         self._tokens_S[slot] = self._positions_S[slot] = 0
         self._temperatures_S[slot] = 1.0
         self._uniforms_SL[slot] = 0.0

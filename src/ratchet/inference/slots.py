@@ -1,11 +1,14 @@
 """A causal language model over static slots: one row of the key-value cache for each sequence.
 
-Prefill runs one prompt at a time at its own length, so its bits are a function of the prompt alone. Decode
-always runs over all slots: the shape never changes, so neither do the kernels, and a row's bits do not depend
-on which other rows are in use. Compacting the batch to the active rows would break that.
+Prefill runs one prompt at a time at its own length, so its bits are a function of the prompt alone. Decode runs
+over all slots, or over the first so many of them where a check at the start has shown that a row's bits are the
+same at that number (`rungs`). Any other number of rows would pick other kernels, and so other bits.
 
-Axes: S slots, H query heads, K key-value heads, G = H / K, T cache positions, L tokens, D head size,
-V vocabulary.
+The cache lies in pieces of a few positions of all slots: what a step reads is then whole pieces without gaps. MKL
+takes three times as long for batches of matrices with gaps between them. A GPU does not mind, and has one piece.
+
+Axes: S slots, R rows that a step decodes, H query heads, K key-value heads, G = H / K, B = R * K, N pieces,
+P positions of a piece, T = N * P, L tokens, D head size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -24,7 +27,13 @@ from ratchet.inference.graphs import Graphs, padded_length
 from ratchet.inference.sampling import sample
 
 ATTENTION = "ratchet_slots"
+PIECE = 32
+"""Positions of a piece on a CPU."""
 SMALLEST_SPAN = 64
+"""On a GPU."""
+ROWS = 16
+"""Rungs are multiples of it: numbers of rows at which products pick the same kernels as at all of them."""
+MAX_RUNGS = 8
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,13 +63,15 @@ class PromptCache(Cache):
 class SlotCache(Cache):
     """Keys and values of all slots. Rows are zeroed when a sequence moves in: nothing leaks between two."""
 
-    def __init__(self, slots: int, length: int) -> None:
+    def __init__(self, slots: int, length: int, piece: int) -> None:
         super().__init__(layers=[])
         self.slots = slots
         self.length = length
+        self.piece = piece
         self.rows: list[KeyValue] = []
+        """Layer by layer, (N, S, K, P, D) each."""
         self._span = 0
-        self._positions_S = torch.empty(0)
+        self._positions_R = torch.empty(0)
         self._index: dict[int, torch.Tensor] = {}
 
     def place(self, slot: int, layers: list[KeyValue]) -> None:
@@ -68,46 +79,60 @@ class SlotCache(Cache):
         if not self.rows:
             self.rows = [(self._empty(key), self._empty(value)) for key, value in layers]
         pairs = [
-            (store_SKTD[slot], states_1KLD[0])
+            (store_NSKPD[:, slot], states_1KLD[0])
             for row, prompt in zip(self.rows, layers, strict=True)
-            for store_SKTD, states_1KLD in zip(row, prompt, strict=True)
+            for store_NSKPD, states_1KLD in zip(row, prompt, strict=True)
         ]
-        torch._foreach_zero_([store_KTD for store_KTD, _ in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            [store_KTD[:, : states_KLD.shape[1]] for store_KTD, states_KLD in pairs],
-            [states_KLD for _, states_KLD in pairs],
-        )
+        torch._foreach_zero_([store_NKPD for store_NKPD, _ in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        parts = [
+            (store_KPD[:, : part_KLD.shape[1]], part_KLD)
+            for store_NKPD, states_KLD in pairs
+            for store_KPD, part_KLD in zip(store_NKPD, states_KLD.split(self.piece, 1), strict=False)
+        ]
+        torch._foreach_copy_([into for into, _ in parts], [part for _, part in parts])  # pyright: ignore[reportPrivateImportUsage]
 
-    def aim(self, positions_S: torch.Tensor, span: int) -> None:
-        """Say where the next decode step writes, and how many positions it reads."""
-        self._positions_S = positions_S
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's row to another slot."""
+        stores = [store_NSKPD for row in self.rows for store_NSKPD in row]
+        torch._foreach_copy_([store[:, target] for store in stores], [store[:, source] for store in stores])  # pyright: ignore[reportPrivateImportUsage]
+
+    def aim(self, positions_R: torch.Tensor, span: int) -> None:
+        """Say where the next decode step writes in the first R slots, and how many positions it reads."""
+        self._positions_R = positions_R
         self._span = span
         self._index.clear()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KeyValue:
-        keys_SKTD, values_SKTD = self.rows[layer_idx]
-        self._write(keys_SKTD, key_states)
-        self._write(values_SKTD, value_states)
-        return keys_SKTD[:, :, : self._span], values_SKTD[:, :, : self._span]
+        keys_NSKPD, values_NSKPD = self.rows[layer_idx]
+        self._write(keys_NSKPD, key_states)
+        self._write(values_NSKPD, value_states)
+        rows = len(self._positions_R)
+        return self.read(keys_NSKPD, rows, self._span), self.read(values_NSKPD, rows, self._span)
 
-    def _write(self, store_SKTD: torch.Tensor, states_SK1D: torch.Tensor) -> None:
-        size = store_SKTD.shape[-1]
-        index, states = self._index_of(store_SKTD.shape[1]), states_SK1D.reshape(-1, size)
-        with any_order(store_SKTD.device):
-            store_SKTD.view(-1, size).index_copy_(0, index, states)
+    def read(self, store_NSKPD: torch.Tensor, rows: int, span: int) -> torch.Tensor:
+        """The first positions of the first slots. Shapes: -> (N, R, K, P, D), with N * P = span"""
+        return store_NSKPD[: -(-span // self.piece), :rows, :, :span]
+
+    def _write(self, store_NSKPD: torch.Tensor, states_RK1D: torch.Tensor) -> None:
+        size = store_NSKPD.shape[-1]
+        index, states = self._index_of(store_NSKPD.shape[2]), states_RK1D.reshape(-1, size)
+        with any_order(store_NSKPD.device):
+            store_NSKPD.view(-1, size).index_copy_(0, index, states)
 
     def _index_of(self, heads: int) -> torch.Tensor:
         """Where (slot, head, position) lies when all rows are one long list. Same for every layer of a step."""
         if heads not in self._index:
-            first_SK = torch.arange(self.slots * heads, device=self._positions_S.device).view(-1, heads)
-            self._index[heads] = (first_SK * self.length + self._positions_S[:, None]).flatten()
+            at_R, device = self._positions_R, self._positions_R.device
+            first_R = (at_R // self.piece) * self.slots + torch.arange(len(at_R), device=device)
+            first_RK = first_R[:, None] * heads + torch.arange(heads, device=device)
+            self._index[heads] = (first_RK * self.piece + (at_R % self.piece)[:, None]).flatten()
         return self._index[heads]
 
     def _empty(self, states_1KLD: torch.Tensor) -> torch.Tensor:
         _, heads, _, size = states_1KLD.shape
-        return states_1KLD.new_zeros(self.slots, heads, self.length, size)
+        return states_1KLD.new_zeros(self.length // self.piece, self.slots, heads, self.piece, size)
 
 
 @contextmanager
@@ -124,25 +149,28 @@ def any_order(device: torch.device) -> Iterator[None]:
 
 
 def decode_attention(
-    query_SH1D: torch.Tensor,
-    keys_SKTD: torch.Tensor,
-    values_SKTD: torch.Tensor,
-    hidden_S11T: torch.Tensor,
+    query_RH1D: torch.Tensor,
+    keys_NRKPD: torch.Tensor,
+    values_NRKPD: torch.Tensor,
+    hidden_R11T: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
     """One query a slot against its row: plain products and a softmax in fp32, each slot on its own.
 
-    Shapes: -> (S, H, 1, D)
+    Shapes: -> (R, H, 1, D)
     """
-    slots, heads, _, size = query_SH1D.shape
-    kv_heads, span = keys_SKTD.shape[1:3]
-    query_BGD = query_SH1D.reshape(slots * kv_heads, -1, size)
-    keys_BDT = keys_SKTD.reshape(slots * kv_heads, span, size).transpose(1, 2)
-    scores = torch.bmm(query_BGD, keys_BDT).view(slots, heads, 1, span) * scaling
-    shares = scores.masked_fill_(hidden_S11T, float("-inf")).softmax(-1, dtype=torch.float32)
-    shares_BGT = shares.to(query_SH1D.dtype).view(slots * kv_heads, -1, span)
-    values_BTD = values_SKTD.reshape(slots * kv_heads, span, -1)
-    return torch.bmm(shares_BGT, values_BTD).view(slots, heads, 1, -1)
+    rows, heads, _, size = query_RH1D.shape
+    _, _, kv_heads, piece, _ = keys_NRKPD.shape
+    query_BGD = query_RH1D.reshape(rows * kv_heads, -1, size)
+    scores_NBGP = [torch.bmm(query_BGD, keys_RKPD.flatten(0, 1).transpose(1, 2)) for keys_RKPD in keys_NRKPD]
+    scores_RH1T = torch.cat(scores_NBGP, -1).view(rows, heads, 1, -1) * scaling
+    shares = scores_RH1T.masked_fill_(hidden_R11T, float("-inf")).softmax(-1, dtype=torch.float32)
+    shares_BGT = shares.to(query_RH1D.dtype).view(rows * kv_heads, -1, shares.shape[-1])
+    parts = zip(shares_BGT.split(piece, -1), (part.flatten(0, 1) for part in values_NRKPD), strict=True)
+    found_BGD = torch.bmm(*next(parts))
+    for shares_BGP, values_BPD in parts:
+        found_BGD.baddbmm_(shares_BGP, values_BPD)
+    return found_BGD.view(rows, heads, 1, -1)
 
 
 def prefill_attention(
@@ -184,12 +212,12 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None:
         return prefill_attention(query, key, value, sliding_window, scale).transpose(1, 2), None
-    hidden_S11T = attention_mask
+    hidden_R11T = attention_mask
     if sliding_window is not None:
-        visible_S111 = (~hidden_S11T).sum(-1, keepdim=True)
-        at_T = torch.arange(hidden_S11T.shape[-1], device=query.device)
-        hidden_S11T = hidden_S11T | (at_T < visible_S111 - sliding_window)
-    return decode_attention(query, key, value, hidden_S11T, scale).transpose(1, 2), None
+        visible_R111 = (~hidden_R11T).sum(-1, keepdim=True)
+        at_T = torch.arange(hidden_R11T.shape[-1], device=query.device)
+        hidden_R11T = hidden_R11T | (at_T < visible_R111 - sliding_window)
+    return decode_attention(query, key, value, hidden_R11T, scale).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
@@ -204,8 +232,14 @@ class SlotModel:
         self.slots = slots
         self.max_model_len = max_model_len
         self.device = model.device
-        self.cache = SlotCache(slots, -(-max_model_len // SMALLEST_SPAN) * SMALLEST_SPAN)
-        self.buckets_spans = True
+        is_cpu = self.device.type == "cpu"
+        smallest = PIECE if is_cpu else SMALLEST_SPAN
+        length = -(-max_model_len // smallest) * smallest
+        # Sums over pieces would be rounded once a piece in bf16.
+        self.cache = SlotCache(slots, length, PIECE if is_cpu and model.dtype == torch.float32 else length)
+        self.spans = _spans(smallest, length, per_octave=4 if is_cpu else 1)
+        self.rungs = [slots]
+        """Numbers of rows that are known to give the bits of all slots, the smallest first."""
         self._graphs = Graphs()
 
     @torch.inference_mode()
@@ -238,55 +272,74 @@ class SlotModel:
     @torch.inference_mode()
     def sample(
         self,
-        tokens_S: torch.Tensor,
-        positions_S: torch.Tensor,
-        temperatures_S: torch.Tensor,
-        uniforms_S: torch.Tensor,
+        tokens_R: torch.Tensor,
+        positions_R: torch.Tensor,
+        temperatures_R: torch.Tensor,
+        uniforms_R: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append one token to every slot and draw the next. Shapes: 4 x (S,) -> (S,) int64, (S,) float64
+        """Append one token to each of the first slots and draw the next. Shapes: 4 x (R,) -> (R,) int64, (R,) float64
 
         What comes back is overwritten by the next call.
         """
-        span = self.span(int(positions_S.max()) + 1)
+        span = self.span(int(positions_R.max()) + 1)
 
         def step(
-            tokens_S: torch.Tensor,
-            positions_S: torch.Tensor,
-            temperatures_S: torch.Tensor,
-            uniforms_S: torch.Tensor,
+            tokens_R: torch.Tensor,
+            positions_R: torch.Tensor,
+            temperatures_R: torch.Tensor,
+            uniforms_R: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            return sample(self.decode(tokens_S, positions_S, span), temperatures_S, uniforms_S)
+            return sample(self.decode(tokens_R, positions_R, span), temperatures_R, uniforms_R)
 
-        inputs = (tokens_S, positions_S, temperatures_S, uniforms_S)
-        return self._graphs.run(("decode", span), step, inputs, self.device)
+        inputs = (tokens_R, positions_R, temperatures_R, uniforms_R)
+        return self._graphs.run(("decode", len(tokens_R), span), step, inputs, self.device)
 
     @torch.inference_mode()
     def place(self, slot: int, prefilled: Prefilled) -> None:
         self.cache.place(slot, prefilled.layers)
 
     @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Copy what a slot holds to another slot."""
+        self.cache.move(source, target)
+
+    @torch.inference_mode()
     def decode(
-        self, tokens_S: torch.Tensor, positions_S: torch.Tensor, span: int | None = None
+        self, tokens_R: torch.Tensor, positions_R: torch.Tensor, span: int | None = None
     ) -> torch.Tensor:
-        """Append one token to every slot, at its position. Shapes: (S,), (S,) int64 -> (S, V)"""
-        tokens_S, positions_S = tokens_S.to(self.device), positions_S.to(self.device)
-        span = span or self.span(int(positions_S.max()) + 1)
-        self.cache.aim(positions_S, span)
-        hidden_ST = torch.arange(span, device=self.device) > positions_S[:, None]
+        """Append one token to each of the first slots, at its position. Shapes: (R,), (R,) int64 -> (R, V)"""
+        tokens_R, positions_R = tokens_R.to(self.device), positions_R.to(self.device)
+        span = span or self.span(int(positions_R.max()) + 1)
+        self.cache.aim(positions_R, span)
+        hidden_RT = torch.arange(span, device=self.device) > positions_R[:, None]
         output = self.model(
-            input_ids=tokens_S[:, None],
-            position_ids=positions_S[:, None],
+            input_ids=tokens_R[:, None],
+            position_ids=positions_R[:, None],
             past_key_values=self.cache,
-            attention_mask=hidden_ST[:, None, None],
+            attention_mask=hidden_RT[:, None, None],
             use_cache=True,
         )
         return output.logits[:, -1]
 
     def span(self, length: int) -> int:
-        """How many cache positions a step reads: the next power of two, where that is known to change no bit."""
-        if not self.buckets_spans:
-            return self.cache.length
-        span = SMALLEST_SPAN
-        while span < length:
-            span *= 2
-        return min(span, self.cache.length)
+        """How many cache positions a step reads: as few as hold the longest row."""
+        return next(span for span in self.spans if span >= length)
+
+    def rows(self, count: int) -> int:
+        """How many rows a step decodes so that `count` sequences fit."""
+        return next(rung for rung in self.rungs if rung >= count)
+
+
+def possible_rungs(slots: int) -> list[int]:
+    """Numbers of rows below all slots that are worth a try: at most a few, so that trying them takes no time."""
+    step = max(ROWS, -(-slots // (MAX_RUNGS * ROWS)) * ROWS)
+    return list(range(step, slots, step))
+
+
+def _spans(smallest: int, longest: int, *, per_octave: int) -> list[int]:
+    """Lengths to read, from the smallest to the longest, at most so many from one length to its double."""
+    spans = [smallest]
+    while spans[-1] < longest:
+        octave = 1 << (spans[-1] // smallest).bit_length() - 1
+        spans.append(min(spans[-1] + smallest * max(1, octave // per_octave), longest))
+    return spans
