@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10
 """What is written at a time: little enough to be hashed from the processor's cache."""
 _BEHIND_BYTES = 16 << 20
 """How much is written before the disk is told to begin with it."""
@@ -73,6 +73,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def start_writing(descriptor: int, start: int, size_bytes: int) -> None:
+    """Let the disk begin with a part of a file. Nothing waits for it, and its errors are those of the next fsync."""
+    call = ctypes.CDLL(None).sync_file_range
+    call(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)
+
+
 class SealedFile(io.FileIO):
     """A new file that is sealed while it is written: hashed on the way, the disk at work before its end.
 
@@ -92,21 +98,15 @@ class SealedFile(io.FileIO):
 
     def write(self, data: "ReadableBuffer", /) -> int:
         """Write the beginning of `data`, of which the caller writes the rest, as for any unbuffered file."""
-        piece = memoryview(data)[:_PIECE_BYTES]
+        piece = memoryview(data).cast("B")[:_PIECE_BYTES]
         written = super().write(piece)
         self._hasher.update(piece[:written])
         self._size_bytes += written
-        if self._size_bytes - self._handed_bytes >= _BEHIND_BYTES:
-            self._hand_over()
+        new_bytes = self._size_bytes - self._handed_bytes
+        if new_bytes >= _BEHIND_BYTES:
+            start_writing(self.fileno(), self._handed_bytes, new_bytes)
+            self._handed_bytes = self._size_bytes
         return written
-
-    def _hand_over(self) -> None:
-        """Let the disk begin with what is new. It is not waited for, and errors are those of the fsync to come."""
-        start, self._handed_bytes = self._handed_bytes, self._size_bytes
-        length = ctypes.c_int64(self._size_bytes - start)
-        ctypes.CDLL(None).sync_file_range(
-            self.fileno(), ctypes.c_int64(start), length, _SYNC_FILE_RANGE_WRITE
-        )
 
     def close(self) -> None:
         if self.closed:
