@@ -90,8 +90,9 @@ def save(stage, step, state, config, attempt):
     if checkpoint.is_committed(stage.paths, step):
         return
     directory = checkpoint.begin(stage, step)
-    (directory / "trainer" / "state").write_text(state)
-    entries = durable.seal(directory, ["trainer/state"])
+    with durable.SealedFile(directory / "trainer" / "state") as shard:
+        shard.write(state.encode())
+    entries = [shard.entry("trainer/state")]
     entries += checkpoint.copy_orchestrator_state(stage, directory, step)
     durable.fsync_path(stage.paths.metric("trainer"))
     meta = {"metrics": metrics.mark(stage.paths.metric("trainer"))}

@@ -1,6 +1,9 @@
 """The commit protocol: what is published is whole, what is damaged is named, a fenced process publishes nothing."""
 
+import errno
+import io
 import os
+import random
 
 import pytest
 
@@ -163,3 +166,54 @@ def test_a_library_that_makes_missing_directories_does_not_bring_a_revoked_works
         assert rows.read_bytes() == b"{}\n", name
         assert list(durable.committed(paths.checkpoints)) == [3], name
     assert not paths.metric("evals").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 << 20, (33 << 20) + 5])
+def test_a_file_that_seals_itself_says_what_sealing_it_afterwards_would_say(tmp_path, size):
+    with durable.SealedFile(tmp_path / "shard") as sealed, io.BufferedWriter(sealed, 1 << 16) as file:
+        file.write(b"head")
+        file.write(random.Random(size).randbytes(size))
+        file.write(b"tail")
+    assert [sealed.entry("shard")] == durable.seal(tmp_path)
+    assert sealed.entry("shard").size == size + 8
+
+
+def test_a_file_that_seals_itself_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (real(fd), synced.append(os.fstat(fd)))[0])
+    with durable.SealedFile(tmp_path / "shard") as sealed:
+        sealed.write(b"state")
+        assert synced == []
+    there = (tmp_path / "shard").stat()
+    assert [(found.st_ino, found.st_size) for found in synced] == [(there.st_ino, 5)]
+
+
+def test_the_disk_begins_before_a_large_file_ends(tmp_path, monkeypatch):
+    handed, real = [], durable.start_writing
+    monkeypatch.setattr(
+        durable, "start_writing", lambda fd, *range: (real(fd, *range), handed.append(range))[0]
+    )
+    with durable.SealedFile(tmp_path / "shard") as sealed, io.BufferedWriter(sealed, 1 << 16) as file:
+        file.write(bytes(40 << 20))
+        assert handed == [(0, 16 << 20), (16 << 20, 16 << 20)]
+
+
+def test_a_file_that_seals_itself_begins_empty_and_never_goes_back(tmp_path):
+    with durable.SealedFile(tmp_path / "shard") as sealed, io.BufferedWriter(sealed, 1 << 16) as file:
+        file.write(b"state")
+        with pytest.raises(io.UnsupportedOperation):
+            file.seek(0)
+    with pytest.raises(FileExistsError):
+        durable.SealedFile(tmp_path / "shard")
+
+
+def test_a_failed_flush_is_an_error_of_the_closing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    sealed = durable.SealedFile(tmp_path / "shard")
+    sealed.write(b"state")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        sealed.close()
+    assert sealed.closed

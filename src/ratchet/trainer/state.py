@@ -1,7 +1,7 @@
 """Save and restore the trainer: DCP for model and optimizer shards, JSON for the small rest.
 
     main thread     take what changes every step ─► staging copy (async) ─► next step
-    save thread     dcp.save ─► each rank seals its files ─► rank 0 commits ─► retention
+    save thread     each rank's shard, sealed while it is written ─► rank 0 commits ─► retention
 
 A synchronous save runs the same story on the main thread. One save is in flight at most; any exception in it
 means "no checkpoint" and surfaces at the next step.
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
 
 from ratchet import attempts, checkpoint, durable, metrics
@@ -30,7 +28,7 @@ from ratchet.log import LOGGER
 from ratchet.models import adapters
 from ratchet.records import FileEntry, Progress
 from ratchet.timeline import Timeline
-from ratchet.trainer import schedule
+from ratchet.trainer import schedule, shards
 from ratchet.trainer.optim import Optimizer
 from ratchet.trainer.schedule import ScheduleRecord
 from ratchet.trainer.staging import Staging
@@ -207,17 +205,13 @@ class Checkpointer:
         self.saving = None
 
     def _write(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
-        folder = directory / checkpoint.TRAINER
         durable.crash_point("checkpoint.before_shards")
-        # torch's own CRC32 costs half of a save and no load ever checks it; every file has our hash. The setting
-        # belongs to the thread.
-        torch.serialization.set_crc32_options(False)
-        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False, thread_count=1)
-        save(tensors, storage_writer=writer, process_group=self._world.save_group)
+        entries = shards.write(directory, tensors, self._world.save_group)
         durable.crash_point("checkpoint.after_shards")
-        entries = self._gather(durable.seal(directory, self._own_files(directory)))
+        entries = self._gather(entries)
         if not self._world.is_first:
             return
+        entries += shards.seal_others(directory)
         stage = self._assignment.stage
         if isinstance(self._config, RLConfig):
             entries += checkpoint.copy_orchestrator_state(stage, directory, step)
@@ -232,14 +226,6 @@ class Checkpointer:
             versions=attempts.environment(),
         )
         self._on_commit(step)
-
-    def _own_files(self, directory: Path) -> list[str]:
-        """The files that this rank wrote: its shards, and rank 0 the rest."""
-        folder = directory / checkpoint.TRAINER
-        mine = f"__{self._world.rank}_"
-        names = [p.name for p in folder.iterdir()]
-        own = [n for n in names if n.startswith(mine) or (self._world.is_first and not n.startswith("__"))]
-        return [f"{checkpoint.TRAINER}/{name}" for name in own]
 
     def _gather(self, entries: list[FileEntry]) -> list[FileEntry]:
         if self._world.size == 1:
