@@ -1,11 +1,12 @@
 """The orchestrator alone: `uv run python benchmarks/orchestrator.py --rollouts 100000 --root DIR`.
 
 The real program plays reverse-text against a null server (a process of its own that answers every request at once
-with the same bytes) and a null trainer (this process, which publishes a policy for every batch and deletes what is
-old). Each rollout is asked for over HTTP, scored, kept in the journal, credited and published in a batch.
+with the same tokens) and a null trainer (this process, which publishes a policy for every batch and deletes what is
+old). Each rollout is asked for over the lane (with --http: by an HTTP request of its own), scored, kept in the
+journal, credited and published in a batch.
 
     rollouts per CPU second of the orchestrator    goal: 5 000; the server is not in it
-    the same requests, posted and nothing else     what its HTTP client costs, measured in the same run
+    as many HTTP requests and nothing else         what one request each would cost, measured in the same run
     resident memory at each quarter                goal: flat
 """
 
@@ -288,8 +289,8 @@ def report(seen: list[Seen], run: Attempt, bare_s: float, posted: int) -> None:
     say("rollouts", f"{count} in {wall_s:.1f} s, of which {cpu_s:.1f} s of the orchestrator's CPU")
     say("rollouts / CPU second of the orchestrator", f"{count / cpu_s:.0f} (goal 5000)")
     say("rollouts / second", f"{count / wall_s:.0f}")
-    say("requests alone / CPU second, same client library", f"{posted / bare_s:.0f}")
-    say("orchestrator / requests alone", f"{cpu_s / count * posted / bare_s:.2f}x the CPU")
+    say("HTTP requests alone / CPU second, same client library", f"{posted / bare_s:.0f}")
+    say("orchestrator / HTTP requests alone", f"{cpu_s / count * posted / bare_s:.2f}x the CPU")
     rows = metrics.read(run.paths.metric("orchestrator"))
     env_s = sum(row["time/env_s"] for row in rows[1:])
     say("of it in the environment's own code", f"{env_s / cpu_s:.0%}")
