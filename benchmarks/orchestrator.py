@@ -1,11 +1,12 @@
 """The orchestrator alone: `uv run python benchmarks/orchestrator.py --rollouts 100000 --root DIR`.
 
 The real program plays reverse-text against a null server (a process of its own that answers every request at once
-with the same bytes) and a null trainer (this process, which publishes a policy for every batch and deletes what is
-old). Each rollout is asked for over HTTP, scored, kept in the journal, credited and published in a batch.
+with the same tokens) and a null trainer (this process, which publishes a policy for every batch and deletes what is
+old). Each rollout is asked for over the lane (with --http: by an HTTP request of its own), scored, kept in the
+journal, credited and published in a batch.
 
     rollouts per CPU second of the orchestrator    goal: 5 000; the server is not in it
-    the same requests, posted and nothing else     what its HTTP client costs, measured in the same run
+    as many HTTP requests and nothing else         what one request each would cost, measured in the same run
     resident memory at each quarter                goal: flat
 """
 
@@ -27,8 +28,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
 
-from ratchet import attempts, batchlog, checkpoint, metrics, weights
+from ratchet import attempts, batchlog, checkpoint, lane, metrics, weights
 from ratchet.config import RLConfig
 from ratchet.launch.opening import Attempt, open_attempt
 from ratchet.stage import Stage
@@ -36,19 +40,30 @@ from ratchet.stage import Stage
 MODEL = Path("examples/reverse_text/model")
 DATA = Path("examples/reverse_text")
 PATH = "/inference/v1/generate"
-FACTS = {"weight_version": "default", "paused": False, "slots": 128, "batch_invariant": True}
+FACTS = {
+    "weight_version": "default",
+    "paused": False,
+    "slots": 128,
+    "batch_invariant": True,
+    "lane": lane.VERSION,
+}
 FIRST_LETTER, END = 8, 1
 PARTS = 4
 
 
-def answer(version: str, tokens: int) -> bytes:
+def sampled(tokens: int) -> tuple[list[int], list[float]]:
     """One completion, the same for every prompt."""
     token_ids = [FIRST_LETTER + index % 26 for index in range(tokens - 1)] + [END]
+    return token_ids, [-0.1234567890123 - index / 7 for index in range(tokens)]
+
+
+def answer(version: str, tokens: int) -> bytes:
+    token_ids, logprobs = sampled(tokens)
     choice = {
         "index": 0,
         "token_ids": token_ids,
         "finish_reason": "stop",
-        "logprobs": {"content": [{"logprob": -0.1234567890123 - index / 7} for index in range(tokens)]},
+        "logprobs": {"content": [{"logprob": logprob} for logprob in logprobs]},
         "weight_versions": [{"version": version, "start": 0, "end": tokens}],
     }
     return response({"request_id": "generate-0123456789abcdef", "choices": [choice]})
@@ -63,8 +78,10 @@ def response(value: object) -> bytes:
 class NullServer:
     """What the connections share: the weights that were given, and the answer made of their name."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, *, has_lane: bool) -> None:
         self._tokens = tokens
+        self._has_lane = has_lane
+        self._sampled = sampled(tokens)
         self._version = "default"
         self.generated = answer(self._version, tokens)
 
@@ -73,24 +90,38 @@ class NullServer:
             self._version = json.loads(body)["weight_version"]
             self.generated = answer(self._version, self._tokens)
         if path == "/weight_info":
-            return response(FACTS | {"weight_version": self._version})
+            facts = {name: value for name, value in FACTS.items() if name != "lane" or self._has_lane}
+            return response(facts | {"weight_version": self._version})
         if path == "/v1/models":
             return response({"data": [{"id": "null", "max_model_len": 1024}]})
         return response({})
 
+    def say(self, frame: bytes) -> bytes:
+        """The frame of a lane that answers another one."""
+        token_ids, logprobs = self._sampled
+        versions = [(self._version, 0, self._tokens)]
+        asked = [message for message in lane.decode_asked(frame) if isinstance(message, lane.Ask)]
+        return lane.encode([lane.Answer(one.id, token_ids, logprobs, versions, "stop") for one in asked])
+
 
 class Connected(asyncio.Protocol):
-    """One connection: as little HTTP as a client with keep-alive needs."""
+    """One connection: as little HTTP as a client with keep-alive needs, or a lane."""
 
     def __init__(self, server: NullServer) -> None:
         self._server = server
         self._buffer = b""
+        self._lane: ServerProtocol | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if self._lane is None and data.startswith(b"GET " + lane.PATH.encode()):
+            self._lane = ServerProtocol(max_size=None)
+        if self._lane is not None:
+            self._talk(self._lane, data)
+            return
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end]
@@ -104,12 +135,22 @@ class Connected(asyncio.Protocol):
                 self._server.generated if path == PATH else self._server.respond(path, body)
             )
 
+    def _talk(self, protocol: ServerProtocol, data: bytes) -> None:
+        protocol.receive_data(data)
+        for event in protocol.events_received():
+            if isinstance(event, Request):
+                protocol.send_response(protocol.accept(event))
+            elif isinstance(event, Frame) and event.opcode is Opcode.BINARY:
+                protocol.send_binary(self._server.say(bytes(event.data)))
+        for part in protocol.data_to_send():
+            self._transport.write(part) if part else self._transport.close()
 
-def serve(tokens: int, port: Connection) -> None:
+
+def serve(tokens: int, has_lane: bool, port: Connection) -> None:
     """The process of the null server."""
 
     async def forever() -> None:
-        null = NullServer(tokens)
+        null = NullServer(tokens, has_lane=has_lane)
         server = await asyncio.get_running_loop().create_server(lambda: Connected(null), "127.0.0.1", 0)
         port.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
@@ -119,9 +160,10 @@ def serve(tokens: int, port: Connection) -> None:
 
 
 @contextmanager
-def null_server(tokens: int) -> Iterator[str]:
+def null_server(tokens: int, has_lane: bool) -> Iterator[str]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(tokens, theirs), daemon=True)
+    arguments = (tokens, has_lane, theirs)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}"
@@ -247,8 +289,8 @@ def report(seen: list[Seen], run: Attempt, bare_s: float, posted: int) -> None:
     say("rollouts", f"{count} in {wall_s:.1f} s, of which {cpu_s:.1f} s of the orchestrator's CPU")
     say("rollouts / CPU second of the orchestrator", f"{count / cpu_s:.0f} (goal 5000)")
     say("rollouts / second", f"{count / wall_s:.0f}")
-    say("requests alone / CPU second, same client library", f"{posted / bare_s:.0f}")
-    say("orchestrator / requests alone", f"{cpu_s / count * posted / bare_s:.2f}x the CPU")
+    say("HTTP requests alone / CPU second, same client library", f"{posted / bare_s:.0f}")
+    say("orchestrator / HTTP requests alone", f"{cpu_s / count * posted / bare_s:.2f}x the CPU")
     rows = metrics.read(run.paths.metric("orchestrator"))
     env_s = sum(row["time/env_s"] for row in rows[1:])
     say("of it in the environment's own code", f"{env_s / cpu_s:.0%}")
@@ -266,6 +308,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument(
+        "--http", action="store_true", help="one HTTP request a rollout: a server without a lane"
+    )
     parser.add_argument("--root", type=Path, help="a directory on the disk to use (default: a temporary one)")
     parser.add_argument("--profile", type=Path, help="run it under cProfile, and put the statistics here")
     arguments = parser.parse_args()
@@ -273,7 +318,10 @@ def main() -> None:
         arguments.root.mkdir(parents=True, exist_ok=True)
     # One batch before the first look, one after the last.
     batches = arguments.rollouts // arguments.batch_size + 2
-    with tempfile.TemporaryDirectory(dir=arguments.root) as name, null_server(arguments.tokens) as url:
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.root) as name,
+        null_server(arguments.tokens, not arguments.http) as url,
+    ):
         run = open_attempt("rl", settings(Path(name), batches, arguments), dict)
         assert isinstance(run, Attempt)
         posted = min(arguments.rollouts, 20_000)

@@ -10,7 +10,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import WSMsgType, web
+
+from ratchet import lane
 
 END = 1
 FIRST_LETTER, LETTERS = 8, 26
@@ -35,7 +37,9 @@ class FakeInference:
         self.open = 0
         self.update_delay_s = 0.0
         self.answered_at: list[float] = []
-        self.facts = {"slots": 16, "batch_invariant": True}
+        self.facts = {"slots": 16, "batch_invariant": True, "lane": lane.VERSION}
+        self.asked_alone = 0
+        """How many answers were asked for by a request of their own."""
         self.max_model_len = 128
         self.seeds: Counter[int] = Counter()
         """How often an answer was sampled from each seed."""
@@ -56,6 +60,8 @@ class FakeInference:
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/weight_info", self.weight_info)
         app.router.add_post("/inference/v1/generate", self.generate)
+        if "lane" in self.facts:
+            app.router.add_get(lane.PATH, self.lane)
         app.router.add_post("/pause", self.pause)
         app.router.add_post("/resume", self.resume)
         app.router.add_post("/update_weights", self.update_weights)
@@ -138,41 +144,73 @@ class FakeInference:
         self._resumed.set()
 
     async def generate(self, request):
-        self.open += 1
-        try:
-            return await self.sample(request)
-        finally:
-            self.open -= 1
-
-    async def sample(self, request):
         body = await request.json()
         assert not {"top_p", "top_k"} & set(body["sampling_params"])
-        self._counter += 1
-        count = self._counter
-        if count in self.restart_at:
-            self.restart("another-run/0/0/abc" if count % 2 else "default")
-        if self.tear_every and count % self.tear_every == 0:
-            request.transport.abort()
+        self.asked_alone += 1
+        sampled = await self.sample(body["token_ids"], body["sampling_params"], request)
+        if sampled is None:
             return web.Response()
-        if self.delay_s:
-            await asyncio.sleep(self.delay_s * (count % 3))
-        await self._resumed.wait()
-        await self._thawed.wait()
-        if self.hold_after is not None and self.generated >= self.hold_after:
-            await asyncio.Event().wait()
-        self.generated += 1
-        self.answered_at.append(time.monotonic())
-        self.seeds[body["sampling_params"]["seed"]] += 1
-        token_ids, logprobs = self.answer(body["token_ids"], body["sampling_params"])
-        self.served_by_prompt.setdefault(tuple(body["token_ids"]), set()).add(self.version)
-        aborted = self.abort_every and count % self.abort_every == 0
+        token_ids, logprobs, version, finish_reason = sampled
         choice = {
             "token_ids": token_ids,
-            "finish_reason": "abort" if aborted else "stop" if token_ids[-1] == END else "length",
+            "finish_reason": finish_reason,
             "logprobs": {"content": [{"token": "", "logprob": value} for value in logprobs]},
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
+            "weight_versions": [{"version": version, "start": 0, "end": len(token_ids)}],
         }
         return web.json_response({"choices": [choice]})
+
+    async def lane(self, request):
+        socket = web.WebSocketResponse(max_msg_size=0)
+        await socket.prepare(request)
+        tasks: dict[int, asyncio.Task] = {}
+
+        async def play(ask):
+            sampling = {name: getattr(ask, name) for name in ("seed", "temperature", "max_tokens")}
+            if (sampled := await self.sample(ask.token_ids, sampling, request)) is not None:
+                token_ids, logprobs, version, reason = sampled
+                versions = [(version, 0, len(token_ids))]
+                await socket.send_bytes(
+                    lane.encode([lane.Answer(ask.id, token_ids, logprobs, versions, reason)])
+                )
+
+        while (message := await socket.receive()).type is WSMsgType.BINARY:
+            for said in lane.decode_asked(message.data):
+                if isinstance(said, lane.Ask):
+                    tasks[said.id] = asyncio.create_task(play(said))
+                else:
+                    tasks[said.id].cancel()
+        for task in tasks.values():
+            task.cancel()
+        return socket
+
+    async def sample(self, prompt, sampling, request):
+        """Tokens, logprobs, version and finish reason; nothing where the connection is torn instead."""
+        self.open += 1
+        try:
+            self._counter += 1
+            count = self._counter
+            if count in self.restart_at:
+                self.restart("another-run/0/0/abc" if count % 2 else "default")
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s * (count % 3))
+            if self.tear_every and count % self.tear_every == 0:
+                if request.transport is not None:
+                    request.transport.abort()
+                return None
+            await self._resumed.wait()
+            await self._thawed.wait()
+            if self.hold_after is not None and self.generated >= self.hold_after:
+                await asyncio.Event().wait()
+        finally:
+            self.open -= 1
+        self.generated += 1
+        self.answered_at.append(time.monotonic())
+        self.seeds[sampling["seed"]] += 1
+        token_ids, logprobs = self.answer(prompt, sampling)
+        self.served_by_prompt.setdefault(tuple(prompt), set()).add(self.version)
+        aborted = self.abort_every and count % self.abort_every == 0
+        reason = "abort" if aborted else "stop" if token_ids[-1] == END else "length"
+        return token_ids, logprobs, self.version, reason
 
     def answer(self, prompt, sampling):
         """Letters from a hash of everything that may matter; the run's id may not."""

@@ -62,6 +62,17 @@ async def test_the_run_is_the_same_whichever_server_plays_a_rollout(here, server
     assert all(f"perf/server_{index}/tokens_per_s" in row for index in range(3))
 
 
+async def test_one_http_request_each_makes_the_same_run(here, servers, reference):
+    """As with a plain vLLM; the third server has a lane."""
+    for server in servers[:2]:
+        del server.facts["lane"]
+        server.tear_every, server.delay_s = 9, 0.004
+    run = await complete(exact(here / "run"), *servers)
+    assert parts(run) == reference
+    assert [server.asked_alone > 5 for server in servers] == [True, True, False]
+    assert servers[2].generated > 5
+
+
 async def test_the_rollouts_of_a_group_prefer_one_server(here, servers):
     await complete(exact(here / "run", orchestrator={"eval": None}), *servers)
     # Batch 0 may begin before all servers have joined. In each later one every server is home to one of the groups;
@@ -166,7 +177,7 @@ async def test_in_deterministic_mode_all_change_before_the_next_rollout_starts(h
 
 async def test_a_server_that_cannot_take_new_weights_is_left_out_with_what_it_was_playing(here, servers):
     for server in servers:
-        server.delay_s = 0.05
+        server.delay_s = 0.1  # long enough for the others to change their weights after it failed
     servers[0].script = {"/update_weights": [500] * 99}
     servers[0].script["/update_weights"].insert(0, 200)  # it joins, and never changes
     client = {"client": CLIENT | {"retries": 3}}

@@ -15,8 +15,8 @@ class Sequence:
         self.ended = threading.Event()
         self.reason = None
 
-    def end(self, reason):
-        self.reason = reason
+    def on_finish(self, sequence):
+        assert sequence is self
         self.ended.set()
 
 
@@ -39,19 +39,22 @@ class Engine:
         self.waiting = [other for other in self.waiting if other is not sequence]
 
     def abort(self):
-        for sequence in self.waiting:
-            sequence.end("abort")
-        self.waiting = []
+        aborted, self.waiting = self.waiting, []
+        for sequence in aborted:
+            sequence.reason = "abort"
+        return aborted
 
     def step(self):
         if self.fails:
             raise ValueError("broken")
         assert self.gate.acquire(timeout=10)
-        for sequence in list(self.waiting):
+        for sequence in self.waiting:
             sequence.left -= 1
-            if sequence.left == 0:
-                self.waiting.remove(sequence)
-                sequence.end("done")
+        finished = [sequence for sequence in self.waiting if sequence.left == 0]
+        self.waiting = [sequence for sequence in self.waiting if sequence.left]
+        for sequence in finished:
+            sequence.reason = "done"
+        return finished
 
 
 @pytest.fixture
@@ -60,8 +63,18 @@ def crashes():
 
 
 @pytest.fixture
-def worker(crashes):
-    worker = Worker(Engine(), 1, crashes.append)
+def calls():
+    """What was called in the server's thread, one entry a call."""
+    return []
+
+
+@pytest.fixture
+def worker(crashes, calls):
+    def call_soon(function):
+        calls.append(function)
+        function()
+
+    worker = Worker(Engine(), 1, crashes.append, call_soon)
     worker.start()
     yield worker
     if not crashes:
@@ -71,7 +84,7 @@ def worker(crashes):
 
 def test_keep_freezes_and_resume_continues(worker):
     sequence = Sequence(2)
-    worker.submit(sequence)
+    worker.submit([sequence])
     frozen = worker.pause("keep")
     worker.engine.gate.release()
     frozen.result(10)
@@ -83,9 +96,9 @@ def test_keep_freezes_and_resume_continues(worker):
 
 def test_wait_drains_and_holds_back_newcomers(worker):
     first, later = Sequence(2), Sequence(1)
-    worker.submit(first)
+    worker.submit([first])
     paused = worker.pause("wait")
-    worker.submit(later)
+    worker.submit([later])
     worker.engine.gate.release(2)
     paused.result(10)
     assert (first.reason, later.reason, worker.waiting) == ("done", None, 1)
@@ -96,7 +109,7 @@ def test_wait_drains_and_holds_back_newcomers(worker):
 
 def test_pausing_again_takes_over_a_drain(worker):
     sequence = Sequence(5)
-    worker.submit(sequence)
+    worker.submit([sequence])
     draining = worker.pause("wait")
     frozen = worker.pause("keep")
     worker.engine.gate.release()
@@ -107,7 +120,7 @@ def test_pausing_again_takes_over_a_drain(worker):
 
 
 def test_resume_ends_a_drain_with_an_error(worker):
-    worker.submit(Sequence(5))
+    worker.submit([Sequence(5)])
     draining = worker.pause("wait")
     resumed = worker.resume()
     worker.engine.gate.release(2)
@@ -119,7 +132,7 @@ def test_resume_ends_a_drain_with_an_error(worker):
 
 def test_wait_after_keep_drains_what_was_frozen(worker):
     sequence = Sequence(2)
-    worker.submit(sequence)
+    worker.submit([sequence])
     frozen = worker.pause("keep")
     worker.engine.gate.release()
     frozen.result(10)
@@ -130,19 +143,30 @@ def test_wait_after_keep_drains_what_was_frozen(worker):
 
 def test_abort_ends_everything_and_pauses(worker):
     sequence = Sequence(5)
-    worker.submit(sequence)
+    worker.submit([sequence])
     aborted = worker.pause("abort")
     worker.engine.gate.release()
     aborted.result(10)
     assert (sequence.reason, worker.is_paused) == ("abort", True)
 
 
+def test_what_one_step_finishes_is_told_by_one_call(worker, calls):
+    short, long = [Sequence(1) for _ in range(3)], Sequence(2)
+    worker.submit([*short, long])
+    worker.engine.gate.release()
+    assert all(sequence.ended.wait(10) for sequence in short)
+    assert (len(calls), long.ended.is_set()) == (1, False)
+    worker.engine.gate.release()
+    assert long.ended.wait(10)
+    assert len(calls) == 2
+
+
 def test_a_paused_worker_still_obeys(worker):
     worker.pause("keep").result(10)
     held = Sequence(1)
-    worker.submit(held)
+    worker.submit([held])
     assert worker.call(lambda: worker.waiting).result(10) == 1
-    worker.cancel(held)
+    worker.cancel([held])
     assert worker.call(lambda: worker.waiting).result(10) == 0
 
 
@@ -157,6 +181,6 @@ def test_a_refusal_inside_a_call_reaches_the_caller(worker):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_engine_is_reported_and_ends_the_thread(worker, crashes):
     worker.engine.fails = True
-    worker.submit(Sequence(1))
+    worker.submit([Sequence(1)])
     worker._thread.join(10)
     assert [repr(error) for error in crashes] == ["ValueError('broken')"]

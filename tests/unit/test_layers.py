@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 
 LAYERS = [
     {"records", "errors", "paths", "rng"},
-    {"config", "config_io", "durable", "heartbeat", "hub", "log", "nursery", "process", "stage"},
+    {"config", "config_io", "durable", "heartbeat", "hub", "lane", "log", "nursery", "process", "stage"},
     {
         "attempts",
         "audit",

@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and its completion. The engine appends to it; `on_finish` is called once, in its thread."""
+    """One prompt and its completion. The engine appends to it; `on_finish` is called once, by the worker."""
 
     prompt: list[int]
     max_tokens: int
@@ -59,10 +59,6 @@ class Sequence:
         else:
             self.spans.append(Span(version, at, at + 1))
 
-    def finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        self.on_finish(self)
-
 
 def _split(values: list[T]) -> list[list[T]]:
     """Parts that are sampled at once: the distribution over a large vocabulary takes memory."""
@@ -78,6 +74,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.active: dict[int, Sequence] = {}
         self.tokens_sampled = 0
+        self._finished: list[Sequence] = []
         self._decode_text = decode_text
         slots = slot_model.slots
         self._free = list(range(slots))  # a heap: sequences gather in the first slots
@@ -106,22 +103,25 @@ class Engine:
             if other is sequence:
                 self._release(slot)
 
-    def abort(self) -> None:
-        """Finish everything with what it has."""
+    def abort(self) -> list[Sequence]:
+        """Finish everything with what it has; what that was."""
         sequences = [*self.active.values(), *self.waiting]
         for slot in list(self.active):
             self._release(slot)
         self.waiting.clear()
         for sequence in sequences:
-            sequence.finish("abort")
+            sequence.finish_reason = "abort"
+        return sequences
 
-    def step(self) -> None:
-        """Admit what fits, then sample one token in every slot that is in use."""
+    def step(self) -> list[Sequence]:
+        """Admit what fits, then sample one token in every slot that is in use; what is finished by that."""
+        self._finished = []
         while self.waiting and self._free:
             count = min(len(self.waiting), len(self._free))
             self._admit([self.waiting.popleft() for _ in range(count)])
         if self.active:
             self._decode()
+        return self._finished
 
     def run(self) -> None:
         """Step until nothing is left to do."""
@@ -216,7 +216,8 @@ class Engine:
             reason = self._reason_to_stop(sequence)
         if reason is not None:
             self._release(slot)
-            sequence.finish(reason)
+            sequence.finish_reason = reason
+            self._finished.append(sequence)
 
     def _reason_to_stop(self, sequence: Sequence) -> str | None:
         if sequence.token_ids[-1] in sequence.stop_token_ids:

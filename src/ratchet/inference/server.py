@@ -9,13 +9,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from ratchet.errors import RatchetError, Refusal
-from ratchet.inference import completions, updates, wire
+from ratchet.inference import completions, lane, updates, wire
 from ratchet.inference.adoption import OutOfSequence
 from ratchet.inference.service import Broken, ClientGone, NotServed, Service, Unavailable, as_json
 from ratchet.inference.worker import Interrupted
+from ratchet.lane import PATH as LANE
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
@@ -80,6 +82,12 @@ def application(service: Service) -> Starlette:
         status = error.status_code if isinstance(error, HTTPException) else 500
         return _error(status, f"{request.method} {request.url.path}: {error}", "HTTPException", str(status))
 
-    routes = [Route(path, endpoint(handler), methods=[method]) for method, path, handler in ROUTES]
+    async def serve_lane(socket: WebSocket) -> None:
+        await lane.Lane(service, socket).run()
+
+    routes = [
+        *(Route(path, endpoint(handler), methods=[method]) for method, path, handler in ROUTES),
+        WebSocketRoute(LANE, serve_lane),
+    ]
     handlers = {HTTPException: on_http_error, Exception: on_http_error}
     return Starlette(routes=routes, exception_handlers=handlers)

@@ -14,13 +14,15 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ratchet import rng
+from ratchet import lane, rng
 from ratchet.chat import Chat
 from ratchet.errors import RatchetError, Refusal
 from ratchet.inference import wire
 from ratchet.inference.adoption import UpdateSequence
 from ratchet.inference.engine import Sequence
 from ratchet.inference.worker import Worker
+
+NOT_FINITE = "The weights yield logits that are not finite: nothing can be sampled from them."
 
 
 class NotServed(Refusal):
@@ -108,22 +110,18 @@ class Service:
         """
         if self.stopping.is_set():
             raise Unavailable("The server is stopping.")
-        loop = asyncio.get_running_loop()
-        finished = loop.create_future()
+        finished = asyncio.get_running_loop().create_future()
         missing = len(sequences)
 
-        def count() -> None:
+        def on_finish(sequence: Sequence) -> None:
             nonlocal missing
             missing -= 1
             if missing == 0 and not finished.done():
                 finished.set_result(None)
 
-        def on_finish(sequence: Sequence) -> None:
-            loop.call_soon_threadsafe(count)
-
         for sequence in sequences:
             sequence.on_finish = on_finish
-            self.worker.submit(sequence)
+        self.worker.submit(sequences)
         gone = asyncio.ensure_future(_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
         try:
@@ -133,12 +131,11 @@ class Service:
             gone.cancel()
             stopping.cancel()
             if not finished.done():
-                for sequence in sequences:
-                    self.worker.cancel(sequence)
+                self.worker.cancel(sequences)
         if not finished.done():
             raise ClientGone if was_gone else Unavailable("The server is stopping.")
         if any(sequence.finish_reason == "error" for sequence in sequences):
-            raise Broken("The weights yield logits that are not finite: nothing can be sampled from them.")
+            raise Broken(NOT_FINITE)
 
     def info(self) -> dict[str, Any]:
         engine = self.worker.engine
@@ -149,6 +146,7 @@ class Service:
             "draining": self.worker.is_draining,
             "active": len(engine.active),
             "waiting": self.worker.waiting,
+            "lane": lane.VERSION,
             **self.facts,
         }
 

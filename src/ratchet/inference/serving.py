@@ -25,6 +25,7 @@ from ratchet.models.build import build
 CLOSE_TIMEOUT_S = 2
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 600
+_FRAME_BYTES = 1 << 30
 
 
 class _Server(uvicorn.Server):
@@ -101,7 +102,7 @@ async def _serve(
         crashes.append(error)
         loop.call_soon_threadsafe(stop)
 
-    worker = Worker(engine, torch.get_num_threads(), on_crash)
+    worker = Worker(engine, torch.get_num_threads(), on_crash, loop.call_soon_threadsafe)
     service = Service(
         name=config.model.name,
         chat=Chat.load(config.model.tokenizer or config.model.name),
@@ -116,6 +117,9 @@ async def _serve(
             access_log=False,
             lifespan="off",
             proxy_headers=False,
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,  # whether the other side lives is the orchestrator's question, by /health
+            ws_max_size=_FRAME_BYTES,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,

@@ -114,6 +114,16 @@ def parse(cls: type[R], body: bytes) -> R:
     return request
 
 
+def sampling_params(**given: Any) -> SamplingParams:
+    """How to sample, from elsewhere than a body, and checked like one. Raises: Refusal."""
+    try:
+        options = msgspec.convert(given, SamplingParams)
+    except msgspec.ValidationError as error:
+        raise Refusal(f"{error}.") from None
+    _check(options)
+    return options
+
+
 def _check(options: Options) -> None:
     temperature = options.temperature
     if temperature is not None and 0 < temperature < LOWEST_TEMPERATURE:

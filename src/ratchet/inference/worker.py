@@ -1,7 +1,7 @@
 """The engine's own thread: it alone touches the model; the server hands it work over a queue.
 
     server ── submit, cancel, pause, resume, call ──► queue ──► worker thread ── step ──► engine
-    server ◄── on_finish, futures ───────────────────────────── worker thread
+    server ◄── on_finish, of all that a step finished at once; futures ── worker thread
 
 Who waits for whom: the worker waits for the queue only when it has nothing to step. `pause` with mode `wait`
 is answered when the engine has drained, the other modes after the step in progress.
@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -29,11 +30,20 @@ class Interrupted(RatchetError):
 class Worker:
     """Runs an engine: freely, draining, or paused."""
 
-    def __init__(self, engine: Engine, threads: int, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        threads: int,
+        on_crash: Callable[[BaseException], None],
+        call_soon: Callable[[Callable[[], None]], object],
+    ) -> None:
+        """`call_soon` calls a function in the server's thread: it waits for the step in progress to end once, for
+        all sequences that the step finishes."""
         self.engine = engine
         self.is_paused = False
         self._threads = threads
         self._on_crash = on_crash
+        self._call_soon = call_soon
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._held: list[Sequence] = []
         self._draining: list[Future[None]] = []
@@ -57,12 +67,14 @@ class Worker:
         self._commands.put(self._stop)
         self._thread.join()
 
-    def submit(self, sequence: Sequence) -> None:
-        """While paused or draining a sequence is held back until `resume`."""
-        self._commands.put(lambda: self._submit(sequence))
+    def submit(self, sequences: list[Sequence]) -> None:
+        """While paused or draining they are held back until `resume`."""
+        if sequences:
+            self._commands.put(lambda: self._submit(sequences))
 
-    def cancel(self, sequence: Sequence) -> None:
-        self._commands.put(lambda: self._cancel(sequence))
+    def cancel(self, sequences: list[Sequence]) -> None:
+        if sequences:
+            self._commands.put(lambda: self._cancel(sequences))
 
     def pause(self, mode: Mode) -> "Future[None]":
         """Freeze (`keep`), drain (`wait`) or finish everything as it is (`abort`). Pausing twice is fine."""
@@ -92,7 +104,7 @@ class Worker:
             while not self._is_stopping:
                 self._obey()
                 if self.engine.has_work and not self.is_paused and not self._is_stopping:
-                    self.engine.step()
+                    self._tell(self.engine.step())
                 self._settle()
         except BaseException as error:
             self._on_crash(error)
@@ -116,21 +128,27 @@ class Worker:
             done.set_result(None)
         self._draining.clear()
 
-    def _submit(self, sequence: Sequence) -> None:
-        if self.is_paused or self._draining:
-            self._held.append(sequence)
-        else:
-            self.engine.submit(sequence)
+    def _tell(self, finished: list[Sequence]) -> None:
+        if finished:
+            self._call_soon(partial(_finish, finished))
 
-    def _cancel(self, sequence: Sequence) -> None:
-        if sequence in self._held:
-            self._held.remove(sequence)
-        self.engine.cancel(sequence)
+    def _submit(self, sequences: list[Sequence]) -> None:
+        if self.is_paused or self._draining:
+            self._held += sequences
+        else:
+            for sequence in sequences:
+                self.engine.submit(sequence)
+
+    def _cancel(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence in self._held:
+                self._held.remove(sequence)
+            self.engine.cancel(sequence)
 
     def _pause(self, mode: Mode, done: "Future[None]") -> None:
         self._draining.append(done)
         if mode == "abort":
-            self.engine.abort()
+            self._tell(self.engine.abort())
         if mode == "wait" and self.engine.has_work:
             self.is_paused = False  # sequences frozen by `keep` before are drained now
         else:
@@ -150,3 +168,8 @@ class Worker:
         for done in self._draining:
             done.set_exception(Interrupted("The server is stopping."))
         self._draining.clear()
+
+
+def _finish(sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        sequence.on_finish(sequence)

@@ -23,7 +23,7 @@ def main() -> int:
     config: RLConfig = run.config
     log.setup("orchestrator", config.log.level)
     with process.imports():
-        from ratchet.orchestrator.loop import orchestrate
+        from ratchet.orchestrator.start import orchestrate
 
     heartbeat.start(run.stage)
     asyncio.run(orchestrate(run, arguments.base_url, is_own_server=arguments.own_server))

@@ -7,15 +7,16 @@ same seed; what the server understood and refuses is `Answered`.
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 
+from ratchet import lane
 from ratchet.errors import RatchetError
+from ratchet.orchestrator.calls import Completion, PauseMode, Request, Span, Torn, refusal
+from ratchet.orchestrator.lane import Lane, NotSpoken
 
-PauseMode = Literal["keep", "wait"]
-Cause = Literal["connection", "timeout", "status", "answer", "silent"]
 T = TypeVar("T")
 
 CONFLICT = 409
@@ -24,33 +25,6 @@ UPDATE = "/update_weights"
 _GENERATE = "/inference/v1/generate"
 _SPARE_CONNECTIONS = 8
 _LONGEST_SENTENCE = 500
-
-
-class Span(msgspec.Struct, frozen=True):
-    """Tokens [start, end) of a completion were sampled under weights of this name."""
-
-    version: str
-    start: int
-    end: int
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """One sampled answer; `logprobs` are those of the sampling distribution."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    versions: list[Span]
-    finish_reason: str
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer to be sampled; the same request gives the same answer, whoever gives it."""
-
-    token_ids: Sequence[int]
-    seed: int
-    max_tokens: int
-    temperature: float
-    stop_token_ids: Sequence[int]
 
 
 class WeightInfo(msgspec.Struct, frozen=True):
@@ -65,6 +39,8 @@ class WeightInfo(msgspec.Struct, frozen=True):
     device: str | None = None
     threads: int | None = None
     batch_invariant: bool | None = None
+    lane: int | None = None
+    """The version of the lane that it has."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,24 +81,6 @@ class _IsPaused(msgspec.Struct):
     is_paused: bool
 
 
-class Torn(Exception):
-    """A request yielded nothing, by no fault of its own: it may be repeated."""
-
-    def __init__(self, cause: Cause, sentence: str) -> None:
-        super().__init__(sentence)
-        self.cause: Cause = cause
-
-
-class Answered(RatchetError):
-    """The server understood a request and says no; repeating it would change nothing."""
-
-    def __init__(self, path: str, status: int, sentence: str) -> None:
-        super().__init__(f"inference answered {path} with {status}: {sentence}")
-        self.path = path
-        self.status = status
-        self.sentence = sentence
-
-
 class Client:
     """One server. Use `async with`, and `connect` before anything is generated."""
 
@@ -132,6 +90,8 @@ class Client:
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
         self._open: set[asyncio.Task[Any]] = set()
+        self._has_lane = False
+        self._lane: Lane | None = None
         self._model = ""
         self.max_model_len: int | None = None
 
@@ -144,6 +104,8 @@ class Client:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        if self._lane is not None:
+            await self._lane.close()
         if self._session is not None:
             await self._session.close()
 
@@ -160,6 +122,26 @@ class Client:
 
     async def generate(self, request: Request) -> Completion:
         """Sample one answer. Raises: Torn, RatchetError."""
+        if self._has_lane:
+            try:
+                return self._checked(await self._ask(request))
+            except NotSpoken:
+                self._has_lane = False
+        return self._checked(await self._post(request))
+
+    async def _ask(self, request: Request) -> Completion:
+        """By the lane; a new one where there is none, or it is torn. Raises: Torn, NotSpoken, RatchetError."""
+        if self._lane is None or self._lane.is_torn:
+            assert self._session is not None, "use the client inside `async with`"
+            self._lane = Lane(self._session, self.base_url, timeout_s=self._timeout_s)
+        said = await self._lane.ask(request)
+        if isinstance(said, lane.Failure):
+            raise refusal(lane.PATH, said.status, said.sentence)
+        spans = [Span(*version) for version in said.versions]
+        return Completion(said.token_ids, said.logprobs, spans, said.finish_reason)
+
+    async def _post(self, request: Request) -> Completion:
+        """By a request of its own, as any vLLM-shaped server understands it. Raises: Torn, RatchetError."""
         sampling = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -170,18 +152,25 @@ class Client:
         body = {"model": self._model, "token_ids": request.token_ids, "sampling_params": sampling}
         data = await self._exchange("POST", _GENERATE, msgspec.json.encode(body))
         generated = self._decode(_GENERATE, data, _Generated)
-        choice = generated.choices[0] if generated.choices else None
-        if choice is None or choice.finish_reason not in ("stop", "length"):
-            raise Torn("answer", f"the answer ended as {choice.finish_reason if choice else 'nothing'!r}")
-        count = len(choice.token_ids)
+        if not generated.choices:
+            raise Torn("answer", "the answer has no choice")
+        choice = generated.choices[0]
         logprobs = [item.logprob for item in choice.logprobs.content] if choice.logprobs else []
-        spans = choice.weight_versions or []
-        if len(logprobs) != count or not _covers(spans, count):
+        return Completion(
+            choice.token_ids, logprobs, choice.weight_versions or [], choice.finish_reason or "nothing"
+        )
+
+    def _checked(self, answer: Completion) -> Completion:
+        """Raises: Torn if it was not sampled to its end; RatchetError if it does not say what each token needs."""
+        if answer.finish_reason not in ("stop", "length"):
+            raise Torn("answer", f"the answer ended as {answer.finish_reason!r}")
+        count = len(answer.token_ids)
+        if len(answer.logprobs) != count or not _covers(answer.versions, count):
             raise RatchetError(
-                f"inference at {self.base_url} answered {count} tokens with {len(logprobs)} logprobs and weight "
-                f"versions {spans}: each token needs both; use Ratchet's own server or vLLM >= 0.32."
+                f"inference at {self.base_url} answered {count} tokens with {len(answer.logprobs)} logprobs and weight "
+                f"versions {answer.versions}: each token needs both; use Ratchet's own server or vLLM >= 0.32."
             )
-        return Completion(choice.token_ids, logprobs, spans, choice.finish_reason)
+        return answer
 
     async def weight_info(self) -> WeightInfo:
         """The weights that the server holds now, and whether it is paused. Raises: Torn, RatchetError."""
@@ -189,6 +178,7 @@ class Client:
         if info.paused is None:
             paused = await self._get("/is_paused", _IsPaused)
             info = msgspec.structs.replace(info, paused=paused.is_paused)
+        self._has_lane = info.lane == lane.VERSION
         return info
 
     async def adopt(self, version: str, path: Path, mode: PauseMode) -> None:
@@ -212,6 +202,11 @@ class Client:
         """Tear every call that waits for an answer, as if its connection had broken."""
         for task in self._open:
             task.cancel()
+        if self._lane is not None:
+            self._lane.tear(self._silent)
+
+    def _silent(self) -> Torn:
+        return Torn("silent", f"{self.base_url} gave no sign of life")
 
     async def _exchange(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """One request, unless it is cut. Raises: Torn, or Answered for a refusal that is the server's own."""
@@ -223,7 +218,7 @@ class Client:
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
                 raise
-            raise Torn("silent", f"{self.base_url} gave no sign of life") from None
+            raise self._silent() from None
         finally:
             self._open.discard(task)
 
@@ -239,10 +234,8 @@ class Client:
             raise Torn("timeout", f"no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Torn("connection", f"{type(error).__name__} {error}".strip()) from None
-        if status >= 500 or status == 429:
-            raise Torn("status", f"status {status}: {_sentence(data)}")
         if status >= 400:
-            raise Answered(path, status, _sentence(data))
+            raise refusal(path, status, _sentence(data))
         return data
 
     async def _get(self, path: str, answer: type[T]) -> T:

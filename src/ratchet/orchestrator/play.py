@@ -15,7 +15,7 @@ from ratchet.chat import Chat
 from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript, settle
 from ratchet.errors import RatchetError
 from ratchet.log import LOGGER
-from ratchet.orchestrator.client import Completion, Request
+from ratchet.orchestrator.calls import Completion, Request
 from ratchet.orchestrator.pool import Pool, Strange
 from ratchet.records import RolloutFailure, Sample, VersionSpan
 from ratchet.rng import derive

@@ -25,7 +25,8 @@ from ratchet.config import ClientConfig
 from ratchet.errors import RatchetError, Refusal
 from ratchet.log import LOGGER
 from ratchet.metrics import Row
-from ratchet.orchestrator.client import Client, Completion, Request, Torn, WeightInfo, nobody_answers
+from ratchet.orchestrator.calls import Completion, Request, Torn
+from ratchet.orchestrator.client import Client, WeightInfo, nobody_answers
 from ratchet.orchestrator.routing import Router, Rules
 from ratchet.orchestrator.server import Server, State
 from ratchet.orchestrator.target import Target

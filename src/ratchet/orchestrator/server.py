@@ -21,7 +21,8 @@ from typing import NoReturn
 from ratchet.config import ClientConfig
 from ratchet.errors import RatchetError, Refusal
 from ratchet.log import LOGGER
-from ratchet.orchestrator.client import CONFLICT, DAMAGED, UPDATE, Answered, Client, Torn, WeightInfo
+from ratchet.orchestrator.calls import Answered, Torn
+from ratchet.orchestrator.client import CONFLICT, DAMAGED, UPDATE, Client, WeightInfo
 from ratchet.orchestrator.target import Target
 
 PROBE_S = 1.0

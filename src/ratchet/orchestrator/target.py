@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ratchet import weights
-from ratchet.orchestrator.client import PauseMode, Span
+from ratchet.orchestrator.calls import PauseMode, Span
 from ratchet.paths import RunPaths
 from ratchet.weights import Policy
 
