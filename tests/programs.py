@@ -77,7 +77,10 @@ def processes_of(root, role=""):
             except (FileNotFoundError, ProcessLookupError):
                 continue
             is_own = any(word == own[0] or word.startswith(own[1]) for word in line)
-            if is_own and f"ratchet.{role}".encode() in b" ".join(line):
+            is_nursery = b"ratchet.nursery" in line  # it names what it imports
+            if is_own and f"ratchet.{role}".encode() in (
+                b"ratchet.nursery" if is_nursery else b" ".join(line)
+            ):
                 found.append(int(entry.name))
     return found
 

@@ -78,9 +78,11 @@ MODES = {
     "sft_async_save_2_ranks": Mode("sft", (*TINY_SFT, *BOTH, *TWO_RANKS, *ALONE), ("launcher", "trainer")),
     "rl": Mode("rl", (*RL, *ASYNC, *ALONE), ANYONE, repeats=False),
     "rl_exact": Mode("rl", (*RL, "--deterministic", *KEEP, *ALONE), ANYONE),
-    "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "launcher")),
+    "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "nursery", "launcher")),
     "rl_exact_2_ranks": Mode("rl", (*RL, "--deterministic", *BOTH, *TWO_RANKS, *ALONE), ANYONE),
-    "rl_2_ranks_restarts": Mode("rl", (*RL, *KEEP, *TWO_RANKS), (*PROGRAMS, "launcher"), repeats=False),
+    "rl_2_ranks_restarts": Mode(
+        "rl", (*RL, *KEEP, *TWO_RANKS), (*PROGRAMS, "nursery", "launcher"), repeats=False
+    ),
 }
 
 

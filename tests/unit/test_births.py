@@ -72,7 +72,7 @@ def order(place, listener, what, log="log", **environment):
 def born(place, listener, monkeypatch):
     """Starts programs from a nursery."""
     monkeypatch.setenv("STRANGER", "of the nursery's environment alone")
-    nursery = Nursery({"trainer": "json"}, child_environment(threads=1))
+    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
     monkeypatch.delenv("STRANGER")
 
     def start(what, **environment):
@@ -133,10 +133,11 @@ def test_a_program_outlives_its_nursery_and_dies_with_its_launcher(place, listen
     fd = listener.fileno()
     code = f"""
 import time
+from pathlib import Path
 from ratchet.launch.births import Nursery
 from ratchet.launch.program import child_environment
 from ratchet.nursery import Order
-nursery = Nursery({{"trainer": "json"}}, child_environment(1))
+nursery = Nursery(Path("run"), {{"trainer": "json"}}, child_environment(1))
 order = Order("told", ["wait", "{fd}"], child_environment(1), {str(place / "log")!r}, [{fd}])
 program = nursery.start(order, None)
 while program.poll() is None and not program._pid:
@@ -159,7 +160,7 @@ time.sleep(60)
 
 
 def test_without_a_nursery_programs_are_started_otherwise(place, listener):
-    nursery = Nursery({"trainer": "slow"}, child_environment(threads=1))
+    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
     wanted = order(place, listener, "wait")
     awaited = nursery.start(wanted, functools.partial(_start_alone, wanted))
     assert awaited.poll() is None
@@ -177,7 +178,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
     (place / "busy.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
     )
-    nursery = Nursery({"trainer": "busy"}, child_environment(threads=1))
+    nursery = Nursery(Path("run"), {"trainer": "busy"}, child_environment(threads=1))
     wanted, otherwise = order(place, listener, "0"), []
 
     def start():
@@ -190,7 +191,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
 
 
 def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
-    nursery = Nursery({"trainer": "slow"}, child_environment(threads=1))
+    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
     asked, other = (
         nursery.start(order(place, listener, "wait", name), lambda: pytest.fail("the nursery is there"))
         for name in ("asked", "other")
@@ -207,7 +208,7 @@ def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
 
 def test_one_that_is_killed_while_it_is_awaited_takes_the_nursery_with_it(place, listener):
     """It may have been awaited for too long, and what takes its place must not wait as well."""
-    nursery = Nursery({"trainer": "slow"}, child_environment(threads=1))
+    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
     first = nursery.start(order(place, listener, "0", "first"), lambda: pytest.fail("it was killed"))
     first.send_signal(signal.SIGKILL)
     assert first.poll() == -signal.SIGKILL

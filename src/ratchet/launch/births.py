@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -39,8 +40,8 @@ class Process(Protocol):
 class Nursery:
     """Verbs: start, close."""
 
-    def __init__(self, modules: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        """What to import for each role. Raises: OSError where this process cannot adopt what the nursery forks"""
+    def __init__(self, run: Path, modules: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """What to import for each role of a run. Raises: OSError where this process cannot adopt what is forked"""
         self.roles = frozenset(modules)
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
@@ -49,7 +50,15 @@ class Nursery:
         with theirs:
             fd = str(theirs.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ratchet.nursery", fd, ",".join(modules.values()), "-" * _ROOM],
+                [
+                    sys.executable,
+                    "-m",
+                    "ratchet.nursery",
+                    str(run),
+                    fd,
+                    ",".join(modules.values()),
+                    "-" * _ROOM,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

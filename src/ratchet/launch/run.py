@@ -122,7 +122,8 @@ def _open_nursery(config: RunConfig, roles: tuple[str, ...], held: contextlib.Ex
     if not isinstance(config, RLConfig) or config.inference is None or config.inference.engine == "vllm":
         own = ["trainer"]
     try:
-        nursery = Nursery({role: births.MODULES[role] for role in own}, child_environment(threads=1))
+        modules = {role: births.MODULES[role] for role in own}
+        nursery = Nursery(config.output_dir, modules, child_environment(threads=1))
     except OSError:
         return None
     held.callback(nursery.close)
