@@ -1,11 +1,13 @@
-"""A real Slurm on this machine: one controller and two nodes, on free ports, under a directory, as this user."""
+"""A real Slurm on this machine: one controller and two nodes, on free ports, in a temporary directory, as this user."""
 
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "squeue")
 SEARCHED = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/usr/local/sbin"
@@ -40,8 +42,17 @@ def is_here():
 
 
 @contextlib.contextmanager
-def cluster(folder):
+def cluster():
     """Start the daemons; yields the environment in which Slurm's commands find them."""
+    with tempfile.TemporaryDirectory(
+        prefix="slurm-"
+    ) as name:  # short: Slurm keeps sockets of long names there
+        with _daemons(Path(name)) as environment:
+            yield environment
+
+
+@contextlib.contextmanager
+def _daemons(folder):
     ports = _free_ports(3)
     (folder / "state").mkdir()
     path = folder / "slurm.conf"

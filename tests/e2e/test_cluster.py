@@ -30,9 +30,9 @@ SLURM = ("--slurm.executor", "local", "--slurm.wait", "--slurm.wait-s", "60")
 
 
 def jobs(root):
-    """The newest job of each role, by its process id."""
+    """The newest job of each program, by its process id."""
     lines = (root / "slurm" / "jobs.jsonl").read_bytes().splitlines()
-    return {line["role"]: int(line["job"]) for line in map(msgspec.json.decode, lines)}
+    return {line["name"]: int(line["job"]) for line in map(msgspec.json.decode, lines)}
 
 
 def tasks_of(pid):

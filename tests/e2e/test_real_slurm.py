@@ -24,10 +24,9 @@ SMALL = (
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(monkeypatch):
     """A cluster; Slurm's commands find it."""
-    (tmp_path / "slurm").mkdir()
-    with cluster(tmp_path / "slurm") as environment:
+    with cluster() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         yield
