@@ -44,11 +44,9 @@ def is_here():
 @contextlib.contextmanager
 def cluster():
     """Start the daemons; yields the environment in which Slurm's commands find them."""
-    with tempfile.TemporaryDirectory(
-        prefix="slurm-"
-    ) as name:  # short: Slurm keeps sockets of long names there
-        with _daemons(Path(name)) as environment:
-            yield environment
+    # A short name: Slurm keeps sockets there.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name, _daemons(Path(name)) as environment:
+        yield environment
 
 
 @contextlib.contextmanager
