@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ratchet import durable, weights
+from ratchet import weights
 from ratchet.config import ModelConfig, OptimConfig, RLConfig, RLTrainerConfig, SFTConfig, TrainerConfig
 from ratchet.inference import adoption
 from ratchet.inference.engine import Engine, Sequence
@@ -263,7 +263,6 @@ def publish(root: Path) -> None:
         tensors = full_tensors(trained)
         directory = stage.begin(f"weights_{step}")
         save(directory, tensors, config)
-        durable.payload_digest(durable.seal(directory))
         weights.commit(stage, directory, step=step, attempt=1)
         published = time.perf_counter()
         read = adoption.read(paths.weight(step), adoption.architecture(served.config))

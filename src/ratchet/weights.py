@@ -55,14 +55,18 @@ def digest(manifest: Manifest) -> str:
     return durable.payload_digest(manifest.files)
 
 
+def describe(directory: Path, *, step: int, attempt: int) -> Manifest:
+    """Seal a staged model directory; returns what its manifest will say."""
+    return Manifest(kind="weights", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
+
+
 def commit(stage: Stage, directory: Path, *, step: int, attempt: int) -> Manifest:
     """Publish a staged model directory as weights/step_{step}.
 
     The same content under that name already is a no-op.
     Raises: Fenced; RatchetError if other content stands under that name: the trainer moves it aside before.
     """
-    manifest = Manifest(kind="weights", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
-    return stage.commit(directory, stage.paths.weight(step), manifest)
+    return stage.commit(directory, stage.paths.weight(step), describe(directory, step=step, attempt=attempt))
 
 
 def read_policy(paths: RunPaths, step: int, *, run_id: str, lineage: int) -> Policy | None:

@@ -85,8 +85,9 @@ class Publisher:
         stage = self._assignment.stage
         directory = stage.begin(f"weights_{step}")
         build.save(directory, tensors, self._assignment.config.model)
-        self._make_room(step, durable.payload_digest(durable.seal(directory)))
-        weights.commit(stage, directory, step=step, attempt=self._assignment.attempt)
+        manifest = weights.describe(directory, step=step, attempt=self._assignment.attempt)
+        self._make_room(step, weights.digest(manifest))
+        stage.commit(directory, self._assignment.paths.weight(step), manifest)
 
     def _make_room(self, step: int, digest: str) -> None:
         """Move aside a policy of this step that has other content, or is damaged."""
