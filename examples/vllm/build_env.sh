@@ -17,8 +17,8 @@ target=$(cd "$target" && pwd)
 if ! [ -x "$target/bin/python" ]; then
   uv venv --quiet --allow-existing --project "$repository" "$target"
 fi
-# From there, or uv would apply this project's constraints to vLLM's environment.
-cd "$target"
+# From outside the repository, or uv would apply this project's constraints to vLLM's environment.
+cd /
 uv pip install --quiet --python "$target/bin/python" --no-deps --compile-bytecode --requirements "$here/pins.txt"
 uv pip install --quiet --python "$target/bin/python" --no-deps --editable "$repository"
 echo "$target/bin/python"
