@@ -93,6 +93,16 @@ def dump(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
+def is_same(old: BaseModel, new: BaseModel) -> bool:
+    """Whether two configurations are of one command. Which node this is and where the nodes meet does not count: a
+    scheduler may choose other machines for the same run."""
+    one, other = dump(old), dump(new)
+    for values in (one, other):
+        for name in ("node_rank", "rendezvous"):
+            values.get("trainer", {}).pop(name, None)
+    return one == other
+
+
 def to_toml(config: BaseModel) -> bytes:
     return tomli_w.dumps(dump(config)).encode()
 

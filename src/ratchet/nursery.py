@@ -1,8 +1,10 @@
 """Programs forked from one process that has imported what they need: `python -m ratchet.nursery RUN FD MODULES ROOM`.
 
     launcher ── what to become ──► nursery ── fork, fork ──► program, a child of the launcher
-    launcher ◄──── process id ───┘
+    launcher ◄──── process id ───┘                             │
+    launcher ──── leave to begin ──────────────────────────────┘
 
+A program of which the launcher does not hear, because the nursery is killed at that moment, gets no leave and ends.
 The process between the two forks ends at once, which makes the launcher, a "subreaper", the parent: it waits for the
 program, the program dies with it, and how the nursery fares is of no concern to either. The nursery has one thread,
 uses no GPU and does nothing but import, so what is forked from it is as good as a fresh interpreter.
@@ -22,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from ratchet import process
-from ratchet.errors import EXIT_CRASH
+from ratchet.errors import EXIT_CRASH, EXIT_STOPPED
 
 MOST_BYTES = 1 << 20
 MOST_FDS = 8
@@ -36,7 +38,7 @@ class Order(msgspec.Struct, frozen=True):
     environment: dict[str, str]
     log: str
     fds: list[int]
-    """The numbers under which it finds the file descriptors that come along."""
+    """The numbers under which it finds the file descriptors that come along; the last that comes is its leave."""
 
 
 def main() -> None:
@@ -54,7 +56,11 @@ def main() -> None:
         born = _fork()
         if born == 0:
             link.close()
-            _become(msgspec.json.decode(data, type=Order), fds)
+            *given, gate = fds
+            if not os.read(gate, 1):
+                os._exit(EXIT_STOPPED)
+            os.close(gate)
+            _become(msgspec.json.decode(data, type=Order), given)
             return
         for fd in fds:
             os.close(fd)

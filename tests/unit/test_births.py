@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from programs import wait_until
@@ -198,12 +199,29 @@ def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
     )
     asked.send_signal(signal.SIGTERM)
     assert asked.poll() == EXIT_STOPPED
-    log(place, "other")
-    assert other.poll() is None  # both were born by now
+    wait_until(lambda: other.poll() is None and (place / "other").exists())
+    log(place, "other")  # both were born by now
     other.send_signal(signal.SIGTERM)
     assert other.wait(20) == -signal.SIGTERM
     nursery.close()
     assert "told" not in children_of_this_process()
+
+
+def test_one_of_which_nobody_hears_does_nothing(place, listener):
+    """The nursery is killed between the birth and the word of it: another program takes its place."""
+    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
+    wanted = order(place, listener, "0", "silent")
+    gate, leave = os.pipe()
+    nursery._link.setblocking(True)
+    socket.send_fds(nursery._link, [msgspec.json.encode(wanted)], [*wanted.fds, gate])
+    pid = int(nursery._link.recv(32))
+    nursery.give_up()
+    os.close(gate)
+    os.close(leave)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == EXIT_STOPPED
+    assert not (place / "silent").exists()
+    nursery.close()
 
 
 def test_one_that_is_killed_while_it_is_awaited_takes_the_nursery_with_it(place, listener):

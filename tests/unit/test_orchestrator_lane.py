@@ -209,6 +209,22 @@ async def test_what_waits_too_long_is_torn_and_dropped_and_later_requests_are_no
     await client.__aexit__()
 
 
+async def test_a_lane_over_which_nothing_comes_is_given_up_and_the_next_request_has_a_new_connection(server):
+    """Something on the way has forgotten the connection: neither side is told."""
+    client = await meet(server, timeout_s=0.5)
+    early = ask(client, 0)
+    await server.frame(0)
+    await asyncio.sleep(0.3)
+    late = ask(client, 1)
+    found = await asyncio.gather(*early, *late, return_exceptions=True)
+    assert [error.cause for error in found] == ["timeout", "timeout"]
+    (again,) = ask(client, 2)
+    await server.frame(2)
+    await server.say(answer(0, 22))
+    assert (await again).token_ids == [22]
+    await client.__aexit__()
+
+
 async def test_cut_tears_all_at_once_and_the_next_request_has_a_new_connection(server, client):
     asked = ask(client, 0, 1)
     await server.frame(0)

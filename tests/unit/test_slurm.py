@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ratchet import config_io
 from ratchet.config import RLConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
@@ -149,3 +150,15 @@ def test_a_machine_that_does_not_see_the_run_directory_says_so(tmp_path, monkeyp
     monkeypatch.setattr("ratchet.launch.filesystem.VISIBLE_S", 0.1)
     with pytest.raises(Refusal, match="put --output-dir on a file system that all machines share"):
         Job("rl", "trainer", "", str(tmp_path), "seen-1", requeue_on_term=True)()
+
+
+def test_where_the_nodes_meet_is_not_what_tells_two_commands_apart(tmp_path):
+    """A trainer that is queued again may begin on another machine, under another job."""
+    asked = config(tmp_path, "--trainer.nnodes", "2")
+    there = [
+        asked.model_copy(update={"trainer": asked.trainer.model_copy(update=where)})
+        for where in ({"rendezvous": "a:20001"}, {"rendezvous": "b:20002", "node_rank": 1})
+    ]
+    assert config_io.is_same(*there)
+    assert config_io.is_same(asked, there[0])
+    assert not config_io.is_same(asked, config(tmp_path, "--trainer.nnodes", "3"))

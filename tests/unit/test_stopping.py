@@ -19,8 +19,9 @@ def test_two_signals_at_once_are_one_request_and_a_later_one_is_urgent(monkeypat
     assert asked.is_urgent
 
 
-def test_a_request_that_came_another_way_counts_once():
+def test_what_another_node_told_and_a_signal_of_ones_own_are_one_request():
     asked = Stopping()
-    asked.ask()
-    asked.ask()
+    asked.is_told = True
+    assert (asked.is_asked, asked.is_urgent) == (True, False)
+    asked.on_signal(signal.SIGTERM, None)
     assert (asked.is_asked, asked.is_urgent) == (True, False)

@@ -16,6 +16,7 @@ from ratchet.inference import wire
 from ratchet.inference.engine import Sequence
 from ratchet.inference.service import NOT_FINITE, Service
 from ratchet.lane import Answer, Ask, Failure, decode_asked, encode
+from ratchet.log import LOGGER
 
 _BAD_FRAME = 1007
 _REFUSED, _BROKEN = 400, 500
@@ -62,6 +63,10 @@ class Lane:
                 sequence = self._sequence(ask)
             except Refusal as error:
                 self._say(Failure(ask.id, _REFUSED, str(error)))
+                continue
+            except Exception as error:  # a defect, or a number out of all bounds: not the others' concern
+                LOGGER.exception("a request on the lane failed")
+                self._say(Failure(ask.id, _BROKEN, repr(error)))
                 continue
             sequence.on_finish = partial(self._finish, ask.id)
             self._open[ask.id] = sequence

@@ -4,6 +4,7 @@ Imports are nine tenths of a program's start: five CPU seconds each, three secon
 Where the nursery is not to be had, or dies, a program is started as a process of its own.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -70,11 +71,15 @@ class Nursery:
 
     def start(self, order: Order, otherwise: Callable[[], Process]) -> Process:
         """A program that is born when the nursery has imported, or by `otherwise` if that does not live so long."""
+        gate, leave = os.pipe()
         try:
-            socket.send_fds(self._link, [msgspec.json.encode(order)], order.fds)
+            socket.send_fds(self._link, [msgspec.json.encode(order)], [*order.fds, gate])
         except OSError:  # it is dead, or has more to read than it takes
+            os.close(leave)
             return otherwise()
-        self._expected.append(Birth(self, otherwise))
+        finally:
+            os.close(gate)
+        self._expected.append(Birth(self, otherwise, leave))
         return self._expected[-1]
 
     def listen(self) -> None:
@@ -102,11 +107,17 @@ class Nursery:
 
 
 class Birth:
-    """A program that a nursery forks, to be treated like a `subprocess.Popen`."""
+    """A program that a nursery forks, to be treated like a `subprocess.Popen`.
 
-    def __init__(self, nursery: Nursery, otherwise: Callable[[], Process]) -> None:
+    It does nothing before it is given leave, which it is once its process id is known: one of which a dying nursery
+    did not tell ends by itself, so that none can work beside the program that is started in its place.
+    """
+
+    def __init__(self, nursery: Nursery, otherwise: Callable[[], Process], leave: int) -> None:
+        """`leave` is the end of a pipe at whose other end it waits."""
         self._nursery = nursery
         self._otherwise = otherwise
+        self._leave = leave
         self._other: Process | None = None
         self._pid: int | None = None
         self._code: int | None = None
@@ -114,10 +125,13 @@ class Birth:
     def begin(self, pid: int | None) -> None:
         """It was born, or never will be. One that was ended before that is not to be."""
         self._pid = pid
+        if self._code is None and pid is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has died; its exit code will say so
+                os.write(self._leave, b"1")
+        os.close(self._leave)
         if self._code is None and pid is None:
             self._other = self._otherwise()
         elif self._code is not None and pid is not None:
-            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
     def poll(self) -> int | None:

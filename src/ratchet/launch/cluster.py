@@ -133,7 +133,7 @@ class Member:
                 return record
             if record is not None and record.outcome is not None and record.outcome.code == EXIT_OK:
                 config = attempts.read_config(self.paths, record)
-                if config_io.dump(config) == config_io.dump(self.config):
+                if config_io.is_same(config, self.config):
                     return None
             if time.monotonic() > deadline:
                 raise Refusal(

@@ -1,6 +1,7 @@
 """The orchestrator on another machine: join the attempt that a trainer opened, leave when it closes."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def take_over(paths: RunPaths, record: Record, role: str) -> int:
     prefix = attempts.token(record.attempt, role, 0)[:-1]
     known = [int(n.rpartition(".")[2]) for n in os.listdir(paths.staging) if n.startswith(prefix)]
     incarnation = max(known, default=0) + 1
-    stage = launcher.open_for(attempts.token(record.attempt, "joining", os.getpid()))
+    stage = launcher.open_for(attempts.token(record.attempt, "joining", secrets.randbits(60)))
     stage.revoke(prefix)
     launcher.open_for(attempts.token(record.attempt, role, incarnation))
     stage.leave()

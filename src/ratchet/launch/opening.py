@@ -105,7 +105,7 @@ def _asked(kind: str, config: RunConfig, last: Record, old: RunConfig) -> int | 
     assert config.ckpt is not None
     _check_kind(kind, config, last)
     _check_changes(old, config)
-    if config_io.dump(old) == config_io.dump(config):
+    if config_io.is_same(old, config):
         return None
     if config.ckpt.resume_step is None:
         raise Refusal(
@@ -170,7 +170,7 @@ def decide(
     if last is not None and has_run:
         _check_kind(kind, config, last)
         old = attempts.read_config(paths, last)
-        is_same = config_io.dump(old) == config_io.dump(config)
+        is_same = config_io.is_same(old, config)
         announced = _check_changes(old, config)
     ckpt = config.ckpt
     request = resume.Request(

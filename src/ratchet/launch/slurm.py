@@ -35,6 +35,8 @@ from ratchet.paths import RunPaths
 FOLDER = "slurm"
 JOBS = "jobs.jsonl"
 POLL_S = 2.0
+SILENT_S = 30.0
+"""A controller that does not answer is left alone for so long."""
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 # States of Slurm in which a job will still do something.
 _ALIVE = {
@@ -280,9 +282,7 @@ def _is_local_job(pid: str, folder: Path) -> bool:
 
 def _wait(paths: RunPaths, jobs: dict[str, Any], settings: SlurmConfig) -> int:
     """Until every job has ended; the exit code of the run."""
-    while any(
-        _is_queued(job.job_id) if settings.executor == "slurm" else not job.done() for job in jobs.values()
-    ):
+    while any(_is_alive(job, settings) for job in jobs.values()):
         time.sleep(POLL_S)
     record = newest(paths)
     if record is None or record.outcome is None:
@@ -290,3 +290,15 @@ def _wait(paths: RunPaths, jobs: dict[str, Any], settings: SlurmConfig) -> int:
         return EXIT_CRASH
     LOGGER.info("attempt %d: %s", record.attempt, record.outcome.reason)
     return record.outcome.code
+
+
+def _is_alive(job: Any, settings: SlurmConfig) -> bool:
+    """Whether a job may still do something; so does one of which Slurm says nothing for a while."""
+    if settings.executor == "local":
+        return not job.done()
+    try:
+        return _is_queued(job.job_id)
+    except Refusal as error:
+        LOGGER.warning("%s", error)
+        time.sleep(SILENT_S)
+        return True

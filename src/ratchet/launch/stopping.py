@@ -15,11 +15,14 @@ class Stopping:
     """How often this launcher was asked to stop."""
 
     requests: int = 0
+    """By signals of its own."""
+    is_told: bool = False
+    """By the launcher of another node, which may have had the same signal."""
     _latest: float = -SAME_S
 
     @property
     def is_asked(self) -> bool:
-        return self.requests > 0
+        return self.is_told or self.requests > 0
 
     @property
     def is_urgent(self) -> bool:
@@ -35,7 +38,3 @@ class Stopping:
         if now - self._latest > SAME_S:
             self.requests += 1
         self._latest = now
-
-    def ask(self) -> None:
-        """A request that came another way."""
-        self.requests = max(self.requests, 1)

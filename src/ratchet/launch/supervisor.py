@@ -115,7 +115,7 @@ class Supervisor:
         while True:
             self.console.refresh()
             if any(child.program.is_asked_to_stop for child in self.children.values()):
-                self.stopping.ask()
+                self.stopping.is_told = True
             if self.stopping.is_urgent:
                 self.kill()
                 return EXIT_STOPPED, "stopped at once by a second signal"

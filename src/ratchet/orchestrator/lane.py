@@ -44,6 +44,7 @@ class Lane:
         self._outbox: list[Ask | Drop] = []
         self._has_mail = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
+        self._heard_s = self._loop.time()
         self._task = asyncio.create_task(self._run())
         self.is_torn = False
 
@@ -93,11 +94,15 @@ class Lane:
         self._has_mail.set()
 
     def _expire(self) -> None:
-        """Tear what waited too long. All wait equally long, so the oldest come first."""
+        """Tear what waited too long, and the lane if nothing came over it meanwhile: something on the way may have
+        dropped the connection without a word. All wait equally long, so the oldest come first."""
         now, self._alarm = self._loop.time(), None
         for id, asked in list(self._waiting.items()):
             if asked.until_s > now:
                 self._alarm = self._loop.call_at(asked.until_s, self._expire)
+                break
+            if self._heard_s <= asked.until_s - self._timeout_s:
+                self.tear(lambda: Torn("timeout", f"nothing came over the lane for {self._timeout_s:g} s"))
                 break
             del self._waiting[id]
             self._put(Drop(id))
@@ -134,6 +139,7 @@ class Lane:
         writer = asyncio.create_task(self._write(socket))
         try:
             while (message := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
+                self._heard_s = self._loop.time()
                 for said in decode_answered(message.data):
                     self._give(said)
         finally:
