@@ -43,8 +43,6 @@ _ALIVE = {
     *("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "RESIZING", "REQUEUE_HOLD"),
     *("SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT"),
 }
-_PORTS = range(20000, 30000)
-"""Where the nodes of a trainer meet, chosen by the number of its job."""
 
 
 class Submitted(msgspec.Struct, frozen=True):
@@ -95,10 +93,10 @@ class Job:
         assert isinstance(config, SFTConfig | RLConfig)
         if config.trainer.nnodes == 1:
             return self.config
-        place = _submitit().JobEnvironment()
-        port = _PORTS[int(place.raw_job_id) % len(_PORTS)]
-        meeting = config.trainer.rendezvous or f"{socket.gethostname()}:{port}"
-        where = {"node_rank": place.node} | ({"rendezvous": meeting} if place.node == 0 else {})
+        node = _submitit().JobEnvironment().node
+        where: dict[str, Any] = {"node_rank": node}
+        if node == 0 and config.trainer.rendezvous is None:
+            where["rendezvous"] = f"{socket.gethostname()}:{_free_port()}"
         trainer = config.trainer.model_copy(update=where)
         return config_io.to_toml(config.model_copy(update={"trainer": trainer})).decode()
 
@@ -135,6 +133,11 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def submit(kind: str, config: SFTConfig | RLConfig, settings: SlurmConfig) -> int:
