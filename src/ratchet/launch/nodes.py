@@ -67,6 +67,11 @@ class Node:
     """The newest incarnation in which ranks of this node have begun."""
     heard_at: float = field(default_factory=time.monotonic)
     stopping: Stopping = field(default_factory=Stopping)
+    is_told_where: bool = field(init=False)
+    """Whether the first node chooses where they meet, anew in each attempt: so on Slurm."""
+
+    def __post_init__(self) -> None:
+        self.is_told_where = self.trainer.rendezvous is None
 
     def run(self) -> int:
         """Follow the run to the end of an attempt; the exit code."""
@@ -110,7 +115,7 @@ class Node:
                 f"{self.paths.root} is trained on {its}, this command says {mine}: give every node the same command, "
                 "but for --trainer.node-rank."
             )
-        if self.trainer.rendezvous is None:  # on Slurm the first node chooses it
+        if self.is_told_where:
             self.trainer = self.trainer.model_copy(update={"rendezvous": there.rendezvous})
         role = f"node{self.trainer.node_rank}"
         try:
