@@ -20,13 +20,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from engine import end_in_order, serving
+from engine import carry_out, serving
 
 from ratchet import timeline
 from ratchet.paths import RunPaths
@@ -172,14 +171,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--root", type=Path, help="keep the runs there; by default a temporary directory")
     arguments = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    end_in_order()
-    if arguments.root:
-        arguments.root.mkdir(parents=True)
-        run(arguments, arguments.root)
-        return
-    with tempfile.TemporaryDirectory() as root:
-        run(arguments, Path(root))
+    carry_out(run, arguments)
 
 
 if __name__ == "__main__":

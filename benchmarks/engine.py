@@ -294,6 +294,18 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
             compare(arguments.kind, sides, make_work(chat, spread), spread, arguments.rounds)
 
 
+def carry_out(run: Callable[[argparse.Namespace, Path], None], arguments: argparse.Namespace) -> None:
+    """Run a benchmark below its `--root`, which is new, or in a temporary directory; nothing that it starts stays."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    end_in_order()
+    if arguments.root:
+        arguments.root.mkdir(parents=True)
+        run(arguments, arguments.root)
+        return
+    with tempfile.TemporaryDirectory() as root:
+        run(arguments, Path(root))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -309,14 +321,7 @@ def main() -> None:
         "--root", type=Path, help="keep model and logs there; by default a temporary directory"
     )
     arguments = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    end_in_order()
-    if arguments.root:
-        arguments.root.mkdir(parents=True)
-        run(arguments, arguments.root)
-        return
-    with tempfile.TemporaryDirectory() as root:
-        run(arguments, Path(root))
+    carry_out(run, arguments)
 
 
 if __name__ == "__main__":
