@@ -114,15 +114,20 @@ def profile(function: Callable[[], object], rows: int = 22) -> None:
     sys.stdout.write(f"  {total / 1e3:.1f} ms of kernels\n")
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:rows]:
         sys.stdout.write(f"  {e.self_device_time_total / 1e3:8.2f} ms {e.count:5} x {e.key[:96]}\n")
+    calls = [e for e in recorded.key_averages() if e.device_type.name == "CPU"]
+    host = sum(e.self_cpu_time_total for e in calls)
+    sys.stdout.write(f"  {host / 1e3:.1f} ms of the host, recording included\n")
+    for e in sorted(calls, key=lambda e: -e.self_cpu_time_total)[:rows]:
+        sys.stdout.write(f"  {e.self_cpu_time_total / 1e3:8.2f} ms {e.count:5} x {e.key[:96]}\n")
 
 
 # -- trainer ------------------------------------------------------------------------------------------------
 
 
-def settings(kind: str, model: Path, tokens: int, recompute: bool, compiled: bool) -> SFTConfig | RLConfig:
+def settings(kind: str, model: Path, tokens: int, recompute: str, compiled: bool) -> SFTConfig | RLConfig:
     own: dict[str, Any] = {
         "micro_batch_tokens": tokens,
-        "activation_checkpointing": "full" if recompute else "none",
+        "activation_checkpointing": recompute,
         "compile": compiled,
         "optim": OptimConfig(lr=1e-5),
     }
@@ -141,11 +146,10 @@ def batch_of(tokens: int) -> Batch:
 
 
 def trainer_row(
-    kind: str, tokens: int, recompute: bool, compiled: bool, root: Path, world: World, *, is_profiled: bool
+    kind: str, tokens: int, recompute: str, compiled: bool, root: Path, world: World, *, is_profiled: bool
 ) -> None:
-    name = (
-        f"{kind} {tokens}, recompute {'full' if recompute else 'none'}, {'compiled' if compiled else 'eager'}"
-    )
+    """`recompute` is a value of `trainer.activation_checkpointing`."""
+    name = f"{kind} {tokens}, recompute {recompute}, {'compiled' if compiled else 'eager'}"
     clear()
     try:
         config = settings(kind, root / "model", tokens, recompute, compiled)
@@ -175,10 +179,9 @@ def trainer(root: Path, world: World, compiled: list[bool], points: list[str], *
             continue
         fits = tokens < 40_000  # activations of 65 536 tokens do not, without recompute
         for is_compiled in compiled:
-            if fits:
-                trainer_row(kind, tokens, False, is_compiled, root, world, is_profiled=is_profiled)
-            if not (is_compiled and fits):
-                trainer_row(kind, tokens, True, is_compiled, root, world, is_profiled=is_profiled)
+            kinds = ("none", "full") if fits else ("attention", "full")
+            for recompute in kinds[:1] if is_compiled and fits else kinds:
+                trainer_row(kind, tokens, recompute, is_compiled, root, world, is_profiled=is_profiled)
 
 
 # -- what attention allows ----------------------------------------------------------------------------------
@@ -197,7 +200,8 @@ def attention() -> None:
 
     heads, groups, size = (SHAPE[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     for tokens in (8192, 65536):
-        flex_row(tokens)
+        for name in own_attention.KERNELS:
+            own_row(name, tokens)
         shapes = [(1, n, tokens, size) for n in (heads, groups, groups)]
         q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
         flops = 2 * tokens**2 * heads * size
@@ -226,20 +230,34 @@ def attention() -> None:
             )
 
 
-def flex_row(tokens: int) -> None:
+def own_row(name: str, tokens: int) -> None:
     """What training uses: `ratchet.models.attention`."""
     heads, groups, size = (SHAPE[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    shapes = [(1, n, tokens, size) for n in (heads, groups, groups)]
-    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    # Positions before heads, as the projections leave them.
+    shapes = [(1, tokens, n, size) for n in (heads, groups, groups)]
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    slope = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
     flops = 2 * tokens**2 * heads * size
-    module = torch.nn.Module()
 
     def forward() -> torch.Tensor:
-        return own_attention.attention(module, q, k, v, None)[0]
+        q, k, v = (one.transpose(1, 2) for one in inputs)
+        return own_attention.KERNELS[name](q, k, v, None, size**-0.5)
 
-    ahead, both = seconds(forward, 5), seconds(lambda: forward().sum().backward(), 5)
+    def both_passes() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(forward(), inputs, slope)
+
+    try:
+        ahead, both = seconds(forward, 5), seconds(both_passes, 5)
+        repeats = all(
+            torch.equal(one, two)
+            for _ in range(10)
+            for one, two in zip(both_passes(), both_passes(), strict=True)
+        )
+    except Exception as error:  # a package or a compiler that is not there
+        say(f"attention {tokens}, ours ({name})", f"{type(error).__name__}: {str(error)[:200]}")
+        return
     say(
-        f"attention {tokens}, ours (flex), deterministic True",
+        f"attention {tokens}, ours ({name}), {'bits repeat' if repeats else 'BITS DO NOT REPEAT'}",
         f"forward {flops / ahead / 1e12:.0f}, backward {2.5 * flops / (both - ahead) / 1e12:.0f} TFLOP/s, "
         f"28 layers {28e3 * both:.0f} ms",
     )

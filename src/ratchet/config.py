@@ -188,8 +188,9 @@ class TrainerConfig(BaseConfig):
     """bf16: the passes run on a copy of the weights in bf16; weights, sums of gradients and optimizer stay in fp32."""
     share_prompts: Announced[bool] = True
     """Compute a short prompt of several sequences once; of models that are known, and not with `compile`."""
-    activation_checkpointing: Announced[Literal["none", "full"]] = "none"
-    """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass."""
+    activation_checkpointing: Announced[Literal["none", "attention", "full"]] = "none"
+    """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass; `attention`
+    keeps the result of its attention as well: little memory, and most of the work where rows are long."""
     compile: Announced[bool] = False
     """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
     nproc: Announced[Positive] = 1

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dcp import plain_dcp
@@ -62,12 +63,30 @@ def test_restored_and_trained_on_equals_trained_through(world, tmp_path, model, 
     assert equal(second.tensors(), through.tensors()) == []
 
 
-def test_activation_checkpointing_changes_no_bit(world, tmp_path):
+class Count(TorchDispatchMode):
+    """How often attention was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("full", 2), ("attention", 1)])
+def test_activation_checkpointing_changes_no_bit(world, tmp_path, recompute, passes):
     """Dropout included: the second pass of a layer draws what the first did."""
-    model = {"lora": LORA | {"dropout": 0.3}}
+    model = {"attention": "sdpa", "lora": LORA | {"dropout": 0.3}}
     kept = Run(tmp_path / "kept", world, settings(model=model))
-    again = Run(tmp_path / "again", world, settings(model=model, activation_checkpointing="full"))
-    assert kept.train(3) == again.train(3)
+    again = Run(tmp_path / "again", world, settings(model=model, activation_checkpointing=recompute))
+    with Count() as once:
+        kept.train(1)
+    with Count() as more:
+        again.train(1)
+    assert (once.calls > 0, more.calls) == (True, passes * once.calls)
+    assert kept.train(2) == again.train(2)
     assert equal(again.tensors(), kept.tensors()) == []
 
 

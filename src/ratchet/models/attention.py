@@ -1,13 +1,18 @@
-"""Causal attention for training on a GPU: the same bits every time, and no slower for it.
+"""Causal attention for training on a GPU: the same bits every time, and hardly slower for it.
 
 torch's flash kernel adds up the gradient of the queries with atomics, or, where bits must repeat, one block after the
-other: half as fast. FlexAttention's backward pass has a loop of its own for each gradient and needs neither. cuDNN's
-kernels are the fastest, and do not repeat.
+other: half as fast. cuDNN's kernels do not repeat. So, in this order:
+
+FlashAttention 4   where the package is there and the device is one of its own (models/flash.py)
+FlexAttention      whose backward pass has a loop of its own for each gradient, where it can be compiled
+torch's kernel     everywhere else, and for short rows and rows with a mask
 
 Axes: B rows, H query heads, K key-value heads, T positions, D head size.
 """
 
 import functools
+import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,30 +22,79 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ratchet.log import LOGGER
+from ratchet.models import flash
 
-NAME = "ratchet_flex"
+FLASH, FLEX = "ratchet_fa4", "ratchet_flex"
+"""Names for transformers, which takes every name with `flash` in it for a kernel of its own."""
 SHORTEST = 1024
 """Shorter rows have too little attention to gain from another kernel."""
+CLOSE = 0.02
+"""How far a kernel that is tried out may be from torch's: three units in the last place of bf16 near 1."""
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None, float], torch.Tensor]
 
 
 def choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace `sdpa` where FlexAttention is faster and can be compiled."""
+    """Replace `sdpa` by the fastest kernel that repeats its bits, is there, and gives what torch's gives."""
     is_sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
     if not (is_sdpa and device.type == "cuda" and dtype == torch.bfloat16):
         return
-    try:
-        _try_out(device)
-    except Exception as error:  # whatever a compiler that is missing or broken raises
-        LOGGER.warning(
-            "FlexAttention cannot be compiled here (%s): attention is slower.", type(error).__name__
-        )
+    for name, kernel in KERNELS.items():
+        if name == FLASH and not _has_flash(device):
+            continue
+        try:
+            _try_out(kernel, model, device)
+        except Exception as error:  # whatever a compiler that is missing or broken raises
+            LOGGER.warning(
+                "attention is slower: %s does not work here (%s: %s)", name, type(error).__name__, error
+            )
+            continue
+        model.set_attn_implementation(name)
         return
-    model.set_attn_implementation(NAME)
 
 
-def _try_out(device: torch.device) -> None:
-    sample = torch.zeros((1, 2, SHORTEST, 64), device=device, dtype=torch.bfloat16, requires_grad=True)
-    _flex(sample, sample, sample, None, 1.0).sum().backward()
+def _has_flash(device: torch.device) -> bool:
+    try:
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in {9, 10}
+
+
+def _try_out(kernel: Kernel, model: PreTrainedModel, device: torch.device) -> None:
+    """Both passes over a row of the model's shape, beside torch's. Raises: whatever does not work."""
+    heads, groups, size = _shape(model)
+    chance = torch.Generator(device).manual_seed(0)
+
+    def sample(count: int) -> torch.Tensor:
+        shape = (1, count, SHORTEST + 8, size)  # not a whole number of blocks
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=chance).requires_grad_()
+
+    query, key, value = sample(heads), sample(groups), sample(groups)
+    scale = size**-0.5
+
+    def both_passes(result: torch.Tensor) -> list[torch.Tensor]:
+        loss = result.float().square().sum() / SHORTEST
+        return [result.detach(), *torch.autograd.grad(loss, (query, key, value))]
+
+    ours = both_passes(kernel(query, key, value, None, scale))
+    theirs = both_passes(
+        nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != groups
+        ).transpose(1, 2)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        far = (mine.float() - other.float()).abs().max() / other.float().abs().max()
+        if not far <= CLOSE:
+            raise ValueError(f"it differs from torch's by {float(far):.3f} of the largest value")
+
+
+def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the size of a head."""
+    config = model.config
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 @functools.cache
@@ -65,17 +119,38 @@ def _flex(
     key_BKTD: torch.Tensor,
     value_BKTD: torch.Tensor,
     window: int | None,
-    scaling: float,
+    scale: float,
 ) -> torch.Tensor:
+    """Shapes: (B, H, T, D), (B, K, T, D) twice -> (B, T, H, D)"""
     mask = _visible(query_BHTD.shape[2], window, query_BHTD.device)
     has_groups = query_BHTD.shape[1] != key_BKTD.shape[1]
-    return _compiled()(
-        query_BHTD, key_BKTD, value_BKTD, block_mask=mask, scale=scaling, enable_gqa=has_groups
+    out_BHTD = _compiled()(
+        query_BHTD, key_BKTD, value_BKTD, block_mask=mask, scale=scale, enable_gqa=has_groups
     )
+    return out_BHTD.transpose(1, 2).contiguous()
 
 
-@torch.compiler.disable
-def attention(
+def _flash(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Shapes: (B, H, T, D), (B, K, T, D) twice -> (B, T, H, D)"""
+    tensors = (one.transpose(1, 2) for one in (query_BHTD, key_BKTD, value_BKTD))
+    return flash.attend(*tensors, window=window, scale=scale)
+
+
+KERNELS: dict[str, Kernel] = {
+    FLASH: _flash,
+    FLEX: torch.compiler.disable(_flex),  # pyright: ignore[reportAssignmentType] it has no types of its own
+}
+"""By the name under which transformers knows them, the fastest first."""
+
+
+def attend(
+    kernel: Kernel,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -99,7 +174,8 @@ def attention(
             is_causal=is_causal,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _flex(query, key, value, sliding_window, scale).transpose(1, 2).contiguous(), None
+    return kernel(query, key, value, sliding_window, scale), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+for _name, _kernel in KERNELS.items():
+    ALL_ATTENTION_FUNCTIONS.register(_name, functools.partial(attend, _kernel))

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from ratchet.errors import Refusal
 from ratchet.models import branches
 from ratchet.models.branches import BranchTensors
+from ratchet.models.fusing import fused
 
 # Settings by which some models transform the head's output; `Policy` applies the head alone.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 CHUNK_LOGITS = 2**28
-"""Logits that exist at one time: half a gigabyte in bf16, and twice that in fp32 beside it."""
+"""Logits that exist at one time: half a gigabyte in bf16, and their gradient beside them."""
 
 
 class Policy(nn.Module):
@@ -85,41 +86,71 @@ class HeadLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
     ) -> torch.Tensor:
-        ctx.save_for_backward(hidden_MD, weight_VD, cells_N, targets_N)
         ctx.temperature, ctx.chunk = temperature, chunk
-        parts = []
+        normalize = fused(_normalize, hidden_MD.device)
+        logprobs, normalizers = [], []
         for cells, targets in zip(cells_N.split(chunk), targets_N.split(chunk), strict=True):
-            logits_CV = hidden_MD[cells] @ weight_VD.t()
-            if temperature != 1.0:
-                logits_CV = logits_CV.float().div_(temperature)
-            logprobs_CV = logits_CV.log_softmax(-1, dtype=torch.float32)
-            parts.append(logprobs_CV.gather(-1, targets[:, None]).squeeze(-1))
-            del logits_CV, logprobs_CV
-        return torch.cat(parts)
+            logprobs_C, normalizers_C = normalize(hidden_MD[cells] @ weight_VD.t(), targets, temperature)
+            logprobs.append(logprobs_C)
+            normalizers.append(normalizers_C)
+        ctx.save_for_backward(hidden_MD, weight_VD, cells_N, targets_N, torch.cat(normalizers))
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_MD, weight_VD, cells_N, targets_N = ctx.saved_tensors
+        hidden_MD, weight_VD, cells_N, targets_N, normalizers_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        slopes_N = slopes[0].float() / ctx.temperature
-        for cells, targets, slopes_C in zip(
-            *(one.split(ctx.chunk) for one in (cells_N, targets_N, slopes_N)), strict=True
+        differentiate = fused(_differentiate, hidden_MD.device)
+        for cells, targets, normalizers_C, slopes_C in zip(
+            *(one.split(ctx.chunk) for one in (cells_N, targets_N, normalizers_N, slopes[0].float())),
+            strict=True,
         ):
             hidden_CD = hidden_MD[cells]
-            logits_CV = hidden_CD @ weight_VD.t()
-            if ctx.temperature != 1.0:
-                logits_CV = logits_CV.float().div_(ctx.temperature)
-            slope_CV = logits_CV.softmax(-1, dtype=torch.float32)
-            # d logprob / d logits = (one at the target) - softmax
-            at_target_C1 = (1 - slope_CV.gather(-1, targets[:, None])) * slopes_C[:, None]
-            slope_CV.mul_(-slopes_C[:, None]).scatter_(-1, targets[:, None], at_target_C1)
-            slope_CV = slope_CV.to(weight_VD.dtype)
-            del logits_CV
+            slope_CV = differentiate(
+                hidden_CD @ weight_VD.t(), targets, normalizers_C, slopes_C, ctx.temperature
+            )
             if hidden_grad_MD is not None:
                 hidden_grad_MD.index_add_(0, cells, slope_CV @ weight_VD)  # a cell may have several targets
             if weight_grad_VD is not None:
-                weight_grad_VD += slope_CV.t() @ hidden_CD
+                _add_product(weight_grad_VD, slope_CV.t(), hidden_CD)
         whole = None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype)
         return hidden_grad_MD, whole, None, None, None, None
+
+
+def _normalize(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The targets' log-probabilities, and what all logits of a row are lowered by to become log-probabilities.
+
+    Shapes: (C, V), (C,) int64 -> (C,) float32 twice
+    """
+    scaled_CV = logits_CV.float() / temperature
+    normalizers_C = scaled_CV.logsumexp(-1)
+    return scaled_CV.gather(-1, targets_C[:, None]).squeeze(-1) - normalizers_C, normalizers_C
+
+
+def _differentiate(
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    normalizers_C: torch.Tensor,
+    slopes_C: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The gradient of the logits from that of the log-probabilities: (one at the target) - softmax, times the slope.
+
+    Shapes: (C, V), (C,) int64, (C,) float32 twice -> (C, V) of the logits' dtype
+    """
+    softmax_CV = (logits_CV.float() / temperature - normalizers_C[:, None]).exp()
+    words_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
+    is_target_CV = words_V == targets_C[:, None]
+    return ((is_target_CV.float() - softmax_CV) * (slopes_C / temperature)[:, None]).to(logits_CV.dtype)
+
+
+def _add_product(sum_VD: torch.Tensor, left_VC: torch.Tensor, right_CD: torch.Tensor) -> None:
+    """Add a product of bf16 matrices to an fp32 sum in place: on a GPU in one pass, and without rounding it before."""
+    if sum_VD.is_cuda and left_VC.dtype != torch.float32:
+        torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, out=sum_VD)
+    else:
+        sum_VD += left_VC @ right_CD

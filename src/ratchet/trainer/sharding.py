@@ -2,6 +2,7 @@
 
     call of a layer ─► FSDP gathers its parameters ─► activation checkpointing ─► the compiled forward
 
+Where results of attention are kept, the compiler decides on what is computed again: it sees the checkpointed layer.
 Both replace the layer's `forward` and add no module, so names of parameters do not depend on these settings, and
 FSDP's own hooks stay outside of what is compiled or computed again.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from ratchet.config import TrainerConfig
@@ -23,9 +24,21 @@ from ratchet.trainer.world import World
 SHAPES_AT_MOST = 256
 """Of one compiled layer. More would mean that micro-batches are not padded to few shapes."""
 
+ATTENTION = {
+    "flash",  # ours: models/flash.py
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
+"""Operators of attention, without their name spaces and overloads."""
+
 
 def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy:
-    """Shard each layer and the rest with FSDP2; one rank takes the same path as many."""
+    """Shard each layer and the rest with FSDP2; one rank takes the same path as many.
+
+    Where nothing is gathered layer by layer, all parameters are one group: fewer calls, the same values.
+    """
     model.to(world.device)  # pyright: ignore[reportArgumentType]
     model.train()
     policy = Policy(model)
@@ -34,12 +47,15 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
         _settle_compiler()
     for layer in _layers(model):
         forward: Any = layer.forward
+        if config.activation_checkpointing == "attention":
+            forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=_keep_attention)
         if config.compile:
             forward = torch.compile(forward, dynamic=False)
         if config.activation_checkpointing == "full":
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
-        fully_shard(layer, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.is_sharded)
+        if world.size > 1:
+            fully_shard(layer, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.is_sharded)
     fully_shard(policy, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=False)
     return policy
 
@@ -49,6 +65,16 @@ def mixed_precision(config: TrainerConfig) -> MixedPrecisionPolicy:
     if config.precision == "fp32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def _keep_attention() -> Any:
+    """All operations of a layer are computed again in the backward pass but attention, most of a long row's work."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_kept = str(operation).split(".")[1] in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
