@@ -1,6 +1,8 @@
 """Adapters and frozen parameters: what is trained, what a checkpoint holds, what is published and exported."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dcp import plain_dcp
 from ratchet import durable
-from ratchet.errors import Refusal
+from ratchet.errors import PoisonBatch, Refusal
 from ratchet.models import adapters, tensors
 from ratchet.models.build import build
 from ratchet.models.trainable import build_trainable
@@ -227,3 +229,23 @@ def test_a_pattern_that_freezes_nothing_or_everything_is_refused(patterns, says)
 def test_settings_that_make_no_sense_are_refused_where_they_are_read(model, says):
     with pytest.raises(ValueError, match=says):
         settings(model=model)
+
+
+@pytest.mark.parametrize(("kind", "can_skip"), [("adamw", True), ("muon", False)])
+def test_an_update_that_is_not_finite_changes_nothing(world, tmp_path, kind, can_skip):
+    run = Run(tmp_path, world, settings(optim={"type": kind, "lr": 1e-2}))
+    run.train(2)
+    before, steps = run.tensors(), run.updater.optimizer.steps()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    right = run.updater.loss
+    run.updater.loss = lambda *given: dataclasses.replace(right(*given), loss=right(*given).loss * math.inf)
+    assert run.updater.optimizer.can_skip is can_skip
+    with pytest.raises(PoisonBatch, match="policy 2 was not changed"):
+        run.train(1)
+    assert equal(run.tensors(), before) == []
+    assert run.updater.optimizer.steps() == steps
+    run.updater.loss = right
+    through = Run(tmp_path / "through", world, settings(optim={"type": kind, "lr": 1e-2}))
+    through.train(2)
+    assert run.train(1) == through.train(1)
+    assert equal(run.tensors(), through.tensors()) == []

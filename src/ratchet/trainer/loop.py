@@ -1,8 +1,10 @@
 """The trainer's story: restore, then read, update, record, publish, save, one step after the other."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ratchet import batchlog, checkpoint, metrics
 from ratchet.attempts import Assignment
@@ -20,7 +22,7 @@ from ratchet.trainer.publish import Publisher
 from ratchet.trainer.sft_data import SFTSource
 from ratchet.trainer.source import Batch, LogSource, Source
 from ratchet.trainer.state import Checkpointer, TrainerState
-from ratchet.trainer.update import open_updater
+from ratchet.trainer.update import Outcome, open_updater
 from ratchet.trainer.world import World
 
 
@@ -29,6 +31,18 @@ def open_source(config: SFTConfig | RLConfig, paths: RunPaths, is_stopping: Call
     if isinstance(config, SFTConfig):
         return SFTSource(config.data, Chat.load(config.model.tokenizer or config.model.name), config.seed)
     return LogSource(paths, is_stopping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """An update whose figures nobody has read."""
+
+    batch: Batch
+    outcome: Outcome
+    progress: Progress
+    """After it."""
+    at: float
+    wait_s: float
 
 
 class Trainer:
@@ -48,6 +62,8 @@ class Trainer:
         self._mirror = Uploader.of(assignment) if world.is_first else None
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world, self._timeline)
+        self._begun: Begun | None = None
+        self._read_at = 0.0
         self._source = open_source(self._config, assignment.paths, self._is_interrupted)
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
@@ -79,10 +95,15 @@ class Trainer:
             batch = self._source.read(step)
             waited = time.perf_counter()
             self._timeline.add("wait", step + 1, waited - started)
-            figures = self._updater.update(batch, step, self._factor(step))
+            outcome = self._updater.begin(batch, step, self._factor(step))
             rows.advance(self._state.progress, batch)
-            trained = time.perf_counter()
-            self._record(batch, figures, wait_s=waited - started, train_s=trained - waited)
+            self._record()  # the update before this one, while the device computes this one
+            progress = copy.copy(self._state.progress)
+            self._begun = Begun(
+                batch=batch, outcome=outcome, progress=progress, at=waited, wait_s=waited - started
+            )
+            if isinstance(self._config, RLConfig) or self._is_due() or self._step == self._config.max_steps:
+                self._record()
             self._publish(batch)
             self._checkpointer.poll()
             if self._is_due():
@@ -105,15 +126,25 @@ class Trainer:
     def _factor(self, step: int) -> float:
         return schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
 
-    def _record(self, batch: Batch, figures: dict[str, float], *, wait_s: float, train_s: float) -> None:
-        """Append the row of the step. It is not flushed: a checkpoint does that."""
+    def _record(self) -> None:
+        """Append the row of the update that was begun last, if it has none yet. It is not flushed: a checkpoint does
+        that. Waits for: the device. Raises: PoisonBatch
+        """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        figures = begun.outcome.read()
+        now = time.perf_counter()
+        train_s = now - max(begun.at, self._read_at)
+        self._read_at = now
         if not self._world.is_first:
             return
-        row = rows.exact_row(self._config, self._state.progress, batch, figures, self._factor(self._step - 1))
-        self._timeline.add("train", self._step, train_s)
+        batch, progress = begun.batch, begun.progress
+        row = rows.exact_row(self._config, progress, batch, figures, self._factor(progress.step - 1))
+        self._timeline.add("train", progress.step, train_s)
         row |= {
             "time/at_s": round(time.time(), 3),
-            "time/wait_s": round(wait_s, 4),
+            "time/wait_s": round(begun.wait_s, 4),
             "time/train_s": round(train_s, 4),
             "perf/tokens_per_s": round(batch.tokens / train_s, 1),
         }
@@ -174,6 +205,7 @@ class Trainer:
 
     def _stop(self) -> None:
         """Asked to stop before an update: save policy k where checkpoints are on. Raises: Stopped"""
+        self._record()
         self._publisher.wait()
         if self._config.ckpt is not None and self._step > 0:
             if isinstance(self._config, SFTConfig):

@@ -49,11 +49,21 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(list(self._names), self._config.max_norm, norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
 
-    def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rate; the gradients are gone afterwards."""
+    @property
+    def can_skip(self) -> bool:
+        """Whether the device itself can leave an update out."""
+        return all(isinstance(part, torch.optim.AdamW) for part in self._parts)
+
+    def step(self, factor: float, is_skipped: torch.Tensor | None = None) -> None:
+        """One update at `factor` times the peak learning rate; the gradients are gone afterwards.
+
+        Where the device finds `is_skipped` true, () bool, neither parameters nor state change.
+        """
         for part, peaks in zip(self._parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
+            if is_skipped is not None:
+                part.found_inf = is_skipped.float()  # pyright: ignore[reportAttributeAccessIssue] as GradScaler does
             part.step()
         self.discard()
 

@@ -51,6 +51,29 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed, shares_prompts)
 
 
+class Outcome:
+    """The figures of one update, which the device may still be computing."""
+
+    def __init__(self, step: int, names: list[str], values_F: torch.Tensor) -> None:
+        self._step, self._names, self._values_F = step, names, values_F
+
+    def is_poison(self) -> torch.Tensor:
+        """Whether loss or gradient are not finite, on the device. Shapes: -> () bool"""
+        judged = [self._names.index(name) for name in ("loss", "grad_norm")]
+        return ~self._values_F[judged].isfinite().all()
+
+    def read(self) -> dict[str, float]:
+        """The figures. Waits for: the device. Raises: PoisonBatch if the update was not made."""
+        figures = dict(zip(self._names, self._values_F.tolist(), strict=True))
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            raise PoisonBatch(
+                f"Batch {self._step} gives loss {figures['loss']} and gradient norm {figures['grad_norm']}: policy "
+                f"{self._step} was not changed, and starting again would read the same batch. Resume from an earlier "
+                "checkpoint with --ckpt.resume-step and a lower learning rate."
+            )
+        return figures
+
+
 @dataclass
 class Updater:
     """Turns policy k into policy k+1."""
@@ -64,10 +87,14 @@ class Updater:
     shares_prompts: bool
 
     def update(self, batch: Batch, step: int, factor: float) -> dict[str, float]:
-        """Train on one batch at `factor` times the peak learning rate; returns the figures of the step.
+        """`begin`, and its figures. Raises: PoisonBatch; the policy is what it was."""
+        return self.begin(batch, step, factor).read()
 
-        The loss is the mean over all trained tokens of the step, however they are laid out and sharded.
-        Raises: PoisonBatch before the update if loss or gradient are not finite.
+    def begin(self, batch: Batch, step: int, factor: float) -> "Outcome":
+        """Train on one batch at `factor` times the peak learning rate, without waiting for the device.
+
+        The loss is the mean over all trained tokens of the step, however they are laid out and sharded. If loss or
+        gradient are not finite, nothing is changed, and reading the outcome says so.
         """
         torch.manual_seed(derive(self.seed, "trainer", step, self.world.rank))
         micro = packing.micro_batches(
@@ -85,17 +112,18 @@ class Updater:
         ]
         names = list(sums[0])
         totals = torch.stack([torch.stack([part[name] for name in names]) for part in sums]).double().sum(0)
-        figures = dict(zip(names, (self.world.total(totals) / tokens).tolist(), strict=True))
-        figures["grad_norm"] = float(self.optimizer.clip())
-        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+        values = torch.cat([self.world.total(totals) / tokens, self.optimizer.clip().double()[None]])
+        outcome = Outcome(step, [*names, "grad_norm"], values)
+        if self.optimizer.can_skip:
+            self.optimizer.step(factor, outcome.is_poison())
+            return outcome
+        try:
+            outcome.read()
+        except PoisonBatch:
             self.optimizer.discard()
-            raise PoisonBatch(
-                f"Batch {step} gives loss {figures['loss']} and gradient norm {figures['grad_norm']}: policy {step} "
-                "was not changed, and starting again would read the same batch. Resume from an earlier checkpoint "
-                "with --ckpt.resume-step and a lower learning rate."
-            )
+            raise
         self.optimizer.step(factor)
-        return figures
+        return outcome
 
     def _accumulate(
         self, part: MicroBatch, temperature: float, tokens: int, is_last: bool
