@@ -189,8 +189,8 @@ class TrainerConfig(BaseConfig):
     share_prompts: Announced[bool] = True
     """Compute a short prompt of several sequences once; of models that are known, and not with `compile`."""
     activation_checkpointing: Announced[Literal["none", "attention", "full"]] = "none"
-    """`full` keeps only the input of each decoder layer and computes the layer again in the backward pass; `attention`
-    keeps the result of its attention as well: little memory, and most of the work where rows are long."""
+    """What the backward pass computes again. `full` keeps only the input of each decoder layer; `attention` the result
+    of its attention as well: little memory, and most of the work where rows are long. `none` keeps all, logits too."""
     compile: Announced[bool] = False
     """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
     nproc: Announced[Positive] = 1

@@ -10,7 +10,7 @@ from ratchet.models.logprobs import head_logprobs
 ROWS, WIDTH, WORDS, WANTED = 40, 16, 50, 31
 
 
-def run(monkeypatch, chunk_logits, temperature, *, is_frozen=False):
+def run(monkeypatch, chunk_logits, temperature, *, is_frozen=False, keeps_logits=False):
     """Log-probabilities, and the gradients of hidden states and head under different slopes."""
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
@@ -18,7 +18,7 @@ def run(monkeypatch, chunk_logits, temperature, *, is_frozen=False):
     head = nn.Linear(WIDTH, WORDS, bias=False).requires_grad_(not is_frozen)
     cells = torch.randperm(ROWS)[:WANTED].sort().values
     targets = torch.randint(0, WORDS, (WANTED,))
-    found = head_logprobs(head, hidden, cells, targets, temperature)
+    found = head_logprobs(head, hidden, cells, targets, temperature, keeps_logits=keeps_logits)
     (found * torch.linspace(-2, 3, WANTED)).sum().backward()
     return found.detach(), hidden.grad, head.weight.grad
 
@@ -30,6 +30,13 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, temperature, rows_at_once
     chunks = run(monkeypatch, rows_at_once * WORDS, temperature)
     for expected, found in zip(whole, chunks, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_that_are_kept_change_no_bit(monkeypatch, temperature):
+    again = run(monkeypatch, 8 * WORDS, temperature)
+    kept = run(monkeypatch, 8 * WORDS, temperature, keeps_logits=True)
+    assert all(torch.equal(one, two) for one, two in zip(again, kept, strict=True))
 
 
 def test_a_frozen_head_gets_no_gradient_and_hands_on_that_of_the_hidden_states(monkeypatch):

@@ -23,12 +23,13 @@ CHUNK_LOGITS = 2**28
 class Policy(nn.Module):
     """A causal language model whose forward pass yields the log-probability of given next tokens.
 
-    Only positions that count are projected to the vocabulary, and never more than `CHUNK_LOGITS` logits at once,
-    so that those of a long batch do not have to fit in memory.
+    Only positions that count are projected to the vocabulary, `CHUNK_LOGITS` logits at once at most. Where
+    `keeps_logits` is false, the logits of a long batch do not have to fit in memory: they are computed twice.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, keeps_logits: bool = False) -> None:
         super().__init__()
+        self.keeps_logits = keeps_logits
         unusual = [name for name in _LOGIT_SETTINGS if getattr(model.config, name, None)]
         if unusual:
             raise Refusal(f"Models that transform their logits ({', '.join(unusual)}) are not supported.")
@@ -51,12 +52,23 @@ class Policy(nn.Module):
         seen = {} if shared is None else branches.inputs(self.model, *shared)
         hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False, **seen).last_hidden_state
         return head_logprobs(
-            self.model.get_output_embeddings(), hidden_BTD.flatten(0, 1), cells_N, targets_N, temperature
+            self.model.get_output_embeddings(),
+            hidden_BTD.flatten(0, 1),
+            cells_N,
+            targets_N,
+            temperature,
+            keeps_logits=self.keeps_logits,
         )
 
 
 def head_logprobs(
-    head: Any, hidden_MD: torch.Tensor, cells_N: torch.Tensor, targets_N: torch.Tensor, temperature: float
+    head: Any,
+    hidden_MD: torch.Tensor,
+    cells_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float,
+    *,
+    keeps_logits: bool = False,
 ) -> torch.Tensor:
     """Project the wanted cells to the vocabulary and take the targets' log-probabilities.
 
@@ -67,13 +79,15 @@ def head_logprobs(
         logits_NV = head(hidden_MD.index_select(0, cells_N)).float() / temperature
         return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     with torch.autocast(hidden_MD.device.type, enabled=False):
-        return HeadLogprobs.apply(hidden_MD, head.weight, cells_N, targets_N, temperature, chunk)  # pyright: ignore
+        return HeadLogprobs.apply(  # pyright: ignore
+            hidden_MD, head.weight, cells_N, targets_N, temperature, chunk, keeps_logits
+        )
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """Head and log-softmax in one, chunk by chunk: the backward pass computes the logits again.
+    """Head and log-softmax in one, chunk by chunk: the backward pass takes the logits, or computes them again.
 
-    Of the size of the vocabulary it keeps nothing between the passes, and adds up the head's gradient in fp32.
+    Of the size of the vocabulary it keeps nothing else between the passes, and adds up the head's gradient in fp32.
     """
 
     @staticmethod
@@ -85,38 +99,39 @@ class HeadLogprobs(torch.autograd.Function):
         targets_N: torch.Tensor,
         temperature: float,
         chunk: int,
+        keeps_logits: bool,
     ) -> torch.Tensor:
         ctx.temperature, ctx.chunk = temperature, chunk
         normalize = fused(_normalize, hidden_MD.device)
-        logprobs, normalizers = [], []
+        logprobs, normalizers, kept = [], [], []
         for cells, targets in zip(cells_N.split(chunk), targets_N.split(chunk), strict=True):
-            logprobs_C, normalizers_C = normalize(hidden_MD[cells] @ weight_VD.t(), targets, temperature)
+            logits_CV = hidden_MD[cells] @ weight_VD.t()
+            logprobs_C, normalizers_C = normalize(logits_CV, targets, temperature)
             logprobs.append(logprobs_C)
             normalizers.append(normalizers_C)
-        ctx.save_for_backward(hidden_MD, weight_VD, cells_N, targets_N, torch.cat(normalizers))
+            if keeps_logits and any(ctx.needs_input_grad):
+                kept.append(logits_CV)
+        ctx.save_for_backward(hidden_MD, weight_VD, cells_N, targets_N, torch.cat(normalizers), *kept)
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_MD, weight_VD, cells_N, targets_N, normalizers_N = ctx.saved_tensors
+        hidden_MD, weight_VD, cells_N, targets_N, normalizers_N, *kept = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         differentiate = fused(_differentiate, hidden_MD.device)
-        for cells, targets, normalizers_C, slopes_C in zip(
-            *(one.split(ctx.chunk) for one in (cells_N, targets_N, normalizers_N, slopes[0].float())),
-            strict=True,
-        ):
+        parts = (one.split(ctx.chunk) for one in (cells_N, targets_N, normalizers_N, slopes[0].float()))
+        for i, (cells, targets, normalizers_C, slopes_C) in enumerate(zip(*parts, strict=True)):
             hidden_CD = hidden_MD[cells]
-            slope_CV = differentiate(
-                hidden_CD @ weight_VD.t(), targets, normalizers_C, slopes_C, ctx.temperature
-            )
+            logits_CV = kept[i] if kept else hidden_CD @ weight_VD.t()
+            slope_CV = differentiate(logits_CV, targets, normalizers_C, slopes_C, ctx.temperature)
             if hidden_grad_MD is not None:
                 hidden_grad_MD.index_add_(0, cells, slope_CV @ weight_VD)  # a cell may have several targets
             if weight_grad_VD is not None:
                 _add_product(weight_grad_VD, slope_CV.t(), hidden_CD)
         whole = None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype)
-        return hidden_grad_MD, whole, None, None, None, None
+        return hidden_grad_MD, whole, *(None,) * 5
 
 
 def _normalize(

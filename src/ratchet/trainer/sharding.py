@@ -41,7 +41,7 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
     """
     model.to(world.device)  # pyright: ignore[reportArgumentType]
     model.train()
-    policy = Policy(model)
+    policy = Policy(model, keeps_logits=config.activation_checkpointing == "none")
     dtypes = mixed_precision(config)
     if config.compile:
         _settle_compiler()
