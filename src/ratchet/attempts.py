@@ -9,6 +9,7 @@ One launcher holds a run's lock; the record is replaced by rename and hashes its
 
 import fcntl
 import os
+import contextlib
 import platform
 import sys
 from dataclasses import dataclass
@@ -118,7 +119,10 @@ def environment() -> dict[str, str]:
     """What can make two runs differ although their inputs are equal."""
     packages = ("torch", "transformers", "numpy", "safetensors")
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    return found | {name: metadata.version(name) for name in packages}
+    found |= {name: metadata.version(name) for name in packages}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["flash-attn-4"] = metadata.version("flash-attn-4")  # computes attention where it is there
+    return found
 
 
 def _hash(record: Record) -> str:

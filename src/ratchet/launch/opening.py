@@ -252,9 +252,9 @@ def _begin(
     environment = attempts.environment()
     if last is not None:
         announced += tuple(
-            f"{name}: {old} -> {environment.get(name)}"
-            for name, old in last.environment.items()
-            if environment.get(name) != old
+            f"{name}: {last.environment.get(name)} -> {environment.get(name)}"
+            for name in {**last.environment, **environment}
+            if environment.get(name) != last.environment.get(name)
         )
     paths.attempt(number).mkdir(parents=True, exist_ok=True)
     resolved = config_io.to_toml(config)

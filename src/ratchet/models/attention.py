@@ -50,6 +50,7 @@ def choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
             )
             continue
         model.set_attn_implementation(name)
+        LOGGER.info("attention of long rows: %s", name)
         return
 
 
