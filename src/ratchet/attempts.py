@@ -7,9 +7,9 @@
 One launcher holds a run's lock; the record is replaced by rename and hashes itself.
 """
 
+import contextlib
 import fcntl
 import os
-import contextlib
 import platform
 import sys
 from dataclasses import dataclass
