@@ -1,6 +1,7 @@
 """Adapters and frozen parameters: what is trained, what a checkpoint holds, what is published and exported."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -15,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from dcp import plain_dcp
 from ratchet import durable
+from ratchet.config import CkptConfig
 from ratchet.errors import PoisonBatch, Refusal
 from ratchet.models import adapters, tensors
 from ratchet.models.build import build
 from ratchet.models.trainable import build_trainable
+from ratchet.trainer import shards
 from ratchet.trainer.world import open_world, set_determinism
 from training import Run, settings
 
@@ -249,3 +252,44 @@ def test_an_update_that_is_not_finite_changes_nothing(world, tmp_path, kind, can
     through.train(2)
     assert run.train(1) == through.train(1)
     assert equal(run.tensors(), through.tensors()) == []
+
+
+@pytest.mark.parametrize("file", range(shards.FILES))
+def test_a_shard_that_cannot_be_written_by_either_thread_fails_the_save(world, tmp_path, monkeypatch, file):
+    run = Run(tmp_path, world, settings())
+    run.train(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards.durable, "SealedFile", full_disk(f"_{file}.distcp"))
+        assert not run.save().exists()
+    durable.verify(run.save())
+
+
+def full_disk(ending):
+    class Full(durable.SealedFile):
+        def __init__(self, path):
+            super().__init__(path)
+            self.is_full = path.name.endswith(ending)
+
+        def write(self, data, /):
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    return Full
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_a_save_beside_the_training_writes_the_same_bytes(world, tmp_path, save_async):
+    """The same files, whether both are written at once or one after the other."""
+    run = Run(tmp_path, world, settings().model_copy(update={"ckpt": CkptConfig(save_async=save_async)}))
+    run.train(1)
+    directory = run.save()
+    run.checkpointer.close()
+    names = sorted(path.name for path in (directory / "trainer").glob("*.distcp"))
+    assert names == [f"__0_{file}.distcp" for file in range(shards.FILES)]
+    plain = Run(tmp_path / "plain", world, settings())
+    plain.train(1)
+    other = plain.save()
+    assert all(
+        (directory / "trainer" / n).read_bytes() == (other / "trainer" / n).read_bytes() for n in names
+    )

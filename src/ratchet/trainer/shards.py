@@ -1,6 +1,11 @@
-"""What the ranks write of a checkpoint: torch's own format, by torch's own writer, into files that seal themselves."""
+"""What the ranks write of a checkpoint: torch's own format, by torch's own writer, into files that seal themselves.
+
+Each rank writes `FILES` of them, all at once while the training waits for them, one after the other beside it. How
+they are cut does not depend on that.
+"""
 
 import io
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from os import PathLike
@@ -10,11 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ratchet import checkpoint, durable
 from ratchet.records import FileEntry
 
+FILES = 2
 _BUFFER_BYTES = 64 << 10
 """Gathers the small records around each tensor; larger ones pass it by."""
 
@@ -22,9 +31,11 @@ _BUFFER_BYTES = 64 << 10
 class _SealedShards(FileSystem):
     """The way to files of torch's writer, which keeps what a manifest will say of the shards."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, at_once: int) -> None:
         self._directory = directory
+        self._turn = threading.Semaphore(at_once)
         self.entries: list[FileEntry] = []
+        self.error: BaseException | None = None
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -33,24 +44,45 @@ class _SealedShards(FileSystem):
             with super().create_stream(path, mode) as file:
                 yield file
             return
-        with durable.SealedFile(path) as sealed, io.BufferedWriter(sealed, _BUFFER_BYTES) as file:
-            yield file
+        # The setting belongs to the thread. torch's own CRC32 costs half of a save and no load ever checks it; every
+        # file has our hash.
+        torch.serialization.set_crc32_options(False)
+        with self._turn:
+            sealed = durable.SealedFile(path)
+            try:
+                with sealed, io.BufferedWriter(sealed, _BUFFER_BYTES) as file:
+                    yield file
+            except BaseException as error:
+                self.error = error  # for `_Writer`, which raises it where torch tells all ranks
+                return
         self.entries.append(sealed.entry(str(path.relative_to(self._directory))))
 
 
-def write(directory: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> list[FileEntry]:
-    """Write the tensors below a staged checkpoint, sharded ones by all ranks, and seal this rank's shard.
+class _Writer(FileSystemWriter):
+    """torch's writer, which loses the errors of all threads but the first."""
 
+    fs: _SealedShards
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Raises: what a thread failed of, so that torch tells all ranks."""
+        written = super().write_data(plan, planner)
+        if self.fs.error is not None:
+            raise self.fs.error
+        return written
+
+
+def write(
+    directory: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None, *, at_once: int
+) -> list[FileEntry]:
+    """Write the tensors below a staged checkpoint, sharded ones by all ranks, and seal this rank's shards.
+
+    `at_once` of a rank's files are written at one time.
     Waits for: all ranks. Raises: whatever the writing of one of them raised.
     """
-    # torch's own CRC32 costs half of a save and no load ever checks it; every file has our hash. The setting
-    # belongs to the thread.
-    torch.serialization.set_crc32_options(False)
-    # One thread: torch loses the errors of more.
-    writer = FileSystemWriter(_folder(directory), single_file_per_rank=True, sync_files=False, thread_count=1)
-    writer.fs = shards = _SealedShards(directory)
+    writer = _Writer(_folder(directory), single_file_per_rank=True, sync_files=False, thread_count=FILES)
+    writer.fs = shards = _SealedShards(directory, at_once)
     save(tensors, storage_writer=writer, process_group=group)
-    return shards.entries
+    return sorted(shards.entries)
 
 
 def seal_others(directory: Path) -> list[FileEntry]:

@@ -116,15 +116,17 @@ class Checkpointer:
             self.poll()
             return
         self.saving = step
+        tensors = state.tensors()
+        if self._config.ckpt.save_async or self._world.device.type == "cuda":
+            with self._timeline.phase("copy", step):
+                # The buffers are free again: the save before has ended.
+                tensors = self._staging.copy(tensors)
         if not self._config.ckpt.save_async:
-            self._run(step, directory, meta, state.tensors())
+            self._run(step, directory, meta, tensors)
             self.poll()
             return
-        with self._timeline.phase("copy", step):
-            # The buffers are free again: the save before has ended.
-            staged = self._staging.copy(state.tensors())
         self._thread = threading.Thread(
-            target=self._run, args=(step, directory, meta, staged), name=f"save-{step}", daemon=True
+            target=self._run, args=(step, directory, meta, tensors), name=f"save-{step}", daemon=True
         )
         self._thread.start()
 
@@ -206,7 +208,8 @@ class Checkpointer:
 
     def _write(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
         durable.crash_point("checkpoint.before_shards")
-        entries = shards.write(directory, tensors, self._world.save_group)
+        at_once = 1 if self._config.ckpt.save_async else shards.FILES  # the training has the other core
+        entries = shards.write(directory, tensors, self._world.save_group, at_once=at_once)
         durable.crash_point("checkpoint.after_shards")
         entries = self._gather(entries)
         if not self._world.is_first:
