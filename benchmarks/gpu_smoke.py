@@ -3,6 +3,8 @@
 First the reverse-text example, small, for exactness: does a stopped and resumed run end with the digest of one that
 was not stopped, on this GPU? Then a random model of the shape of Qwen3-0.6B, for size and speed: SFT with a checkpoint
 in the middle and a resume, and asynchronous RL. Every figure comes from the runs' own metric rows.
+
+`--nproc 2` trains on two GPUs, by NCCL; the server shares the last of them.
 """
 
 import argparse
@@ -55,12 +57,15 @@ def say(name: str, value: object) -> None:
     sys.stdout.flush()
 
 
-def exactness(root: Path) -> None:
+def exactness(root: Path, nproc: int) -> None:
     """Stopped and resumed against uninterrupted, by digest."""
     small = ("--model.name", TINY, "--model.random-init")
-    sft = ("@", "examples/reverse_text/sft.toml")
+    ranks = () if nproc == 1 else ("--trainer.nproc", nproc)
+    sft = ("@", "examples/reverse_text/sft.toml", *ranks)
+    last = () if nproc == 1 else ("--inference.devices", f'["{nproc - 1}"]')
     rl = (
-        *("@", "examples/reverse_text/rl.toml", *small, "--deterministic", "--inference.slots", "64"),
+        *("@", "examples/reverse_text/rl.toml", *small, *ranks, *last, "--deterministic"),
+        *("--inference.slots", "64"),
         *("--orchestrator.eval.interval", "10", "--orchestrator.eval.tasks", "64"),
     )
     for command, flags, half, whole in (("sft", sft, 20, 40), ("rl", rl, 10, 20)):
@@ -127,6 +132,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--nproc", type=int, default=1, help="GPUs that train in the first part")
     parser.add_argument("--only", choices=("exactness", "size"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.root, ignore_errors=True)
@@ -134,7 +140,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say("device", f"{name}, torch {torch.__version__}")
     if arguments.only != "size":
-        exactness(arguments.root)
+        exactness(arguments.root, arguments.nproc)
     if arguments.only != "exactness":
         size(arguments.root)
 
