@@ -23,6 +23,7 @@ LAYERS = [
         "compare",
         "fork",
         "ledger",
+        "memory",
         "metrics",
         "mirror",
         "now",
