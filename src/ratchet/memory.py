@@ -13,12 +13,12 @@ that revokes a process takes this way too, in the same instant.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ratchet import durable
-from ratchet.config import RLConfig, RunConfig
+from ratchet.config import RLConfig, RunConfig, WeightsConfig
 from ratchet.errors import RatchetError, Refusal
 from ratchet.paths import RunPaths
 from ratchet.stage import GATE, Stage
@@ -33,9 +33,18 @@ def _own(base: Path, run_id: str) -> Path:
 
 def find(config: RunConfig, run_id: str, attempt: int) -> RunPaths | None:
     """Where the policies of an attempt lie in memory, by name; None if they do not go that way."""
-    if not isinstance(config, RLConfig) or config.weights.transport != "memory":
+    return _find(config.weights, run_id, attempt) if isinstance(config, RLConfig) else None
+
+
+def find_by(settings: Mapping[str, Any], run_id: str, attempt: int) -> RunPaths | None:
+    """The same from a configuration as its file states it."""
+    return _find(WeightsConfig.model_validate(settings.get("weights", {})), run_id, attempt)
+
+
+def _find(weights: WeightsConfig, run_id: str, attempt: int) -> RunPaths | None:
+    if weights.transport != "memory":
         return None
-    return RunPaths(_own(config.weights.memory_dir, run_id) / f"{attempt:03d}")
+    return RunPaths(_own(weights.memory_dir, run_id) / f"{attempt:03d}")
 
 
 class Memory:

@@ -19,28 +19,12 @@ from transformers import PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.attempts import Assignment
-from ratchet.config import RLConfig
 from ratchet.log import LOGGER
 from ratchet.models import adapters, build
 from ratchet.models.tensors import full_tensors
 from ratchet.timeline import Timeline
 from ratchet.trainer.shelf import Shelf
 from ratchet.trainer.world import World
-
-
-def outlives(config: RLConfig, step: int) -> bool:
-    """Whether policy `step` is published on the disk too, where policies go through memory.
-
-    Those of every interval, and those without which a resume would not end the same: the initial and the last one, one
-    that is to be evaluated, and those that sample the first batches after a checkpoint.
-    """
-    if step % config.weights.publish_interval == 0 or step in (0, config.max_steps):
-        return True
-    evaluation = config.orchestrator.eval
-    if evaluation is not None and evaluation.is_due(step, config.max_steps):
-        return True
-    after = range(step, min(step + config.ahead, config.max_steps) + 1)
-    return config.ckpt is not None and any(config.ckpt.is_due(s, config.max_steps) for s in after)
 
 
 class Publisher:
@@ -125,7 +109,7 @@ class Publisher:
         """Publish in memory, and begin with the copy of a policy that outlives the attempt."""
         if shelf.publish(tensors, step):
             self._say(step)
-        if step == self._assignment.plan.step or outlives(self._assignment.config, step):
+        if step == self._assignment.plan.step or weights.outlives(self._assignment.config, step):
             _join(self._copying)
             self._copied = step
             self._copying = threading.Thread(
