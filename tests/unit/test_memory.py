@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ratchet import memory, weights
+from ratchet import memory, resume, weights
 from ratchet.config import ModelConfig, RLConfig, SFTConfig
 from ratchet.errors import Fenced, RatchetError, Refusal
 from ratchet.launch.opening import open_attempt
@@ -97,6 +97,17 @@ def test_memory_that_cannot_be_had_is_refused_with_the_remedy(config):
     shutil.rmtree(config.weights.memory_dir)
     with pytest.raises(Refusal, match=r"choose another weights\.memory_dir"):
         open_attempt("rl", config, dict)
+
+
+def test_an_attempt_that_cannot_begin_leaves_nothing_in_memory(config, monkeypatch):
+    def fail(*arguments):
+        assert below(config), "it was held already"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume, "apply", fail)
+    with pytest.raises(OSError, match="No space"):
+        open_attempt("rl", config, dict)
+    assert below(config) == []
 
 
 def test_leftovers_are_those_that_no_launcher_holds(config):

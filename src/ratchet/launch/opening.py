@@ -132,6 +132,7 @@ def _open(
     last = attempts.newest(paths)
     number = _next_number(paths)
     stage = Stage.open(paths, attempts.token(number, "launcher", 0))
+    memory: Memory | None = None
     try:
         stage.revoke()
         if last is not None and not last.applied:
@@ -147,6 +148,8 @@ def _open(
             stage.enter()
             return Attempt(paths, lock, stage, record, config, memory)
     except BaseException:
+        if memory is not None:
+            memory.close()
         shutil.rmtree(stage.directory, ignore_errors=True)
         lock.release()
         raise

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.attempts import Assignment
+from ratchet.config import RLConfig
 from ratchet.log import LOGGER
 from ratchet.models import adapters, build
 from ratchet.models.tensors import full_tensors
@@ -40,8 +41,8 @@ class Publisher:
         """The step that is being copied: it stays in memory until it is."""
         self._error: BaseException | None = None
         self._was_said = False
-        self._host: dict[str, torch.Tensor] = {}
-        """What the tensors are gathered into; free again once a policy is written."""
+        self._host: dict[str, torch.Tensor] | None = {} if isinstance(assignment.config, RLConfig) else None
+        """What every policy is gathered into; free again once it is written. SFT publishes too seldom to keep it."""
         memory = assignment.memory if world.is_first else None
         self._shelf = Shelf(assignment, memory) if memory is not None else None
 
