@@ -47,6 +47,21 @@ def _find(weights: WeightsConfig, run_id: str, attempt: int) -> RunPaths | None:
     return RunPaths(_own(weights.memory_dir, run_id) / f"{attempt:03d}")
 
 
+def outlives(config: RLConfig, step: int) -> bool:
+    """Whether policy `step` is published on the disk too, where policies go through memory.
+
+    Those of every interval, and those without which a resume would not end the same: the initial and the last one, one
+    that is to be evaluated, and those that sample the first batches after a checkpoint.
+    """
+    if step % config.weights.publish_interval == 0 or step in (0, config.max_steps):
+        return True
+    evaluation = config.orchestrator.eval
+    if evaluation is not None and evaluation.is_due(step, config.max_steps):
+        return True
+    after = range(step, min(step + config.ahead, config.max_steps) + 1)
+    return config.ckpt is not None and any(config.ckpt.is_due(s, config.max_steps) for s in after)
+
+
 class Memory:
     """A run's part of the shared memory, held by its launcher from the opening of an attempt to its end."""
 

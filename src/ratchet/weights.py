@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from ratchet import durable
-from ratchet.config import RLConfig
 from ratchet.paths import RunPaths
 from ratchet.records import FileEntry, Manifest
 from ratchet.stage import Stage
@@ -143,21 +142,6 @@ class Places:
             return step if step > above else None
         listed = (step for step in reversed(durable.steps(self.memory.weights)) if step > above)
         return next((step for step in listed if is_published(self.memory, step)), None)
-
-
-def outlives(config: RLConfig, step: int) -> bool:
-    """Whether policy `step` is published on the disk too, where policies go through memory.
-
-    Those of every interval, and those without which a resume would not end the same: the initial and the last one, one
-    that is to be evaluated, and those that sample the first batches after a checkpoint.
-    """
-    if step % config.weights.publish_interval == 0 or step in (0, config.max_steps):
-        return True
-    evaluation = config.orchestrator.eval
-    if evaluation is not None and evaluation.is_due(step, config.max_steps):
-        return True
-    after = range(step, min(step + config.ahead, config.max_steps) + 1)
-    return config.ckpt is not None and any(config.ckpt.is_due(s, config.max_steps) for s in after)
 
 
 def architecture_digest(config: Mapping[str, Any]) -> str:

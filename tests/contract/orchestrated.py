@@ -144,7 +144,7 @@ class Run:
         if self.memory is not None:
             self._publish(self.memory, step, state)
             await asyncio.sleep(self.copy_delay_s)
-            if not weights.outlives(self.config, step):
+            if not memory.outlives(self.config, step):
                 return
         self._publish(self.stage, step, state)
 

@@ -92,7 +92,7 @@ class Policies:
         directory = stage.begin(f"weights_{step}")
         (directory / "model.safetensors").write_text(state)
         weights.commit(stage, directory, step=step, attempt=self.record.attempt)
-        outlives = step == self.record.plan.step or weights.outlives(self.config, step)
+        outlives = step == self.record.plan.step or memory.outlives(self.config, step)
         if self.memory is not None and outlives:
             self.copy(step)
 

@@ -189,3 +189,25 @@ def test_a_configuration_file_names_the_same_place(config):
         config, "r", 7
     )
     assert memory.find_by({}, "r", 7) is None
+
+
+def outliving(**changes):
+    config = RLConfig.model_validate(
+        {
+            "model": ModelConfig(name="m"),
+            "max_steps": 20,
+            "weights": {"transport": "memory", "publish_interval": 7},
+        }
+        | changes
+    )
+    return [step for step in range(config.max_steps + 1) if memory.outlives(config, step)]
+
+
+def test_the_policies_that_outlive_an_attempt_are_those_that_a_resume_needs():
+    assert outliving() == [0, 7, 14, 20]
+    assert outliving(ckpt={"interval": 9}) == [0, 7, 9, 14, 18, 20]
+    exact = {"deterministic": True, "max_async_level": 2}
+    assert outliving(ckpt={"interval": 9}, **exact) == [0, 7, 8, 9, 14, 16, 17, 18, 19, 20]
+    evaluated = {"orchestrator": {"eval": {"interval": 5, "at_start": False}}}
+    assert outliving(**evaluated) == [0, 5, 7, 10, 14, 15, 20]
+    assert outliving(weights={"transport": "memory"}) == list(range(21))

@@ -3,7 +3,6 @@
 import pytest
 
 from ratchet import weights
-from ratchet.config import ModelConfig, RLConfig
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
 from ratchet.weights import Places
@@ -95,25 +94,3 @@ def test_what_memory_has_not_passed_may_still_come_whatever_the_disk_holds(disk,
     assert not places.is_passed(8)
     publish(memory, 9)
     assert places.is_passed(8)
-
-
-def outliving(**changes):
-    config = RLConfig.model_validate(
-        {
-            "model": ModelConfig(name="m"),
-            "max_steps": 20,
-            "weights": {"transport": "memory", "publish_interval": 7},
-        }
-        | changes
-    )
-    return [step for step in range(config.max_steps + 1) if weights.outlives(config, step)]
-
-
-def test_the_policies_that_outlive_an_attempt_are_those_that_a_resume_needs():
-    assert outliving() == [0, 7, 14, 20]
-    assert outliving(ckpt={"interval": 9}) == [0, 7, 9, 14, 18, 20]
-    exact = {"deterministic": True, "max_async_level": 2}
-    assert outliving(ckpt={"interval": 9}, **exact) == [0, 7, 8, 9, 14, 16, 17, 18, 19, 20]
-    evaluated = {"orchestrator": {"eval": {"interval": 5, "at_start": False}}}
-    assert outliving(**evaluated) == [0, 5, 7, 10, 14, 15, 20]
-    assert outliving(weights={"transport": "memory"}) == list(range(21))

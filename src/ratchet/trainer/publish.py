@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import PreTrainedModel
 
-from ratchet import durable, weights
+from ratchet import durable, memory, weights
 from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.log import LOGGER
@@ -43,8 +43,8 @@ class Publisher:
         self._was_said = False
         self._host: dict[str, torch.Tensor] | None = {} if isinstance(assignment.config, RLConfig) else None
         """What every policy is gathered into; free again once it is written. SFT publishes too seldom to keep it."""
-        memory = assignment.memory if world.is_first else None
-        self._shelf = Shelf(assignment, memory) if memory is not None else None
+        paths = assignment.memory if world.is_first else None
+        self._shelf = Shelf(assignment, paths) if paths is not None else None
 
     def publish(
         self, model: PreTrainedModel, step: int, on_commit: Callable[[], None] = lambda: None
@@ -110,7 +110,7 @@ class Publisher:
         """Publish in memory, and begin with the copy of a policy that outlives the attempt."""
         if shelf.publish(tensors, step):
             self._say(step)
-        if step == self._assignment.plan.step or weights.outlives(self._assignment.config, step):
+        if step == self._assignment.plan.step or memory.outlives(self._assignment.config, step):
             _join(self._copying)
             self._copied = step
             self._copying = threading.Thread(
