@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -26,17 +26,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ratchet import weights
+from ratchet import durable, weights
+from ratchet.attempts import Assignment, Plan
 from ratchet.config import ModelConfig, OptimConfig, RLConfig, RLTrainerConfig, SFTConfig, TrainerConfig
 from ratchet.inference import adoption
 from ratchet.inference.engine import Engine, Sequence
 from ratchet.inference.slots import SlotModel
+from ratchet.memory import Memory
 from ratchet.models import attention as own_attention
-from ratchet.models.build import build, save
+from ratchet.models.build import build
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
+from ratchet.timeline import Timeline
 from ratchet.trainer.packing import Example
-from ratchet.trainer.publish import full_tensors
+from ratchet.trainer.publish import Publisher
 from ratchet.trainer.source import Batch
 from ratchet.trainer.update import Outcome, Updater, open_updater
 from ratchet.trainer.world import World, open_world, set_determinism
@@ -53,6 +56,7 @@ SHAPE = {
     "max_position_embeddings": 131072,
 }
 PARAMETERS = 596_049_920
+SMALL = {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 65536}
 PEAK_FLOPS = 989e12  # bf16, dense, H100 SXM and H200
 PRIME_RL = {  # tokens/s and GiB
     ("sft", 8192): (26.0e3, 31.7),
@@ -82,8 +86,15 @@ def write_model(directory: Path) -> None:
 
 def clear() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def settle() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -284,52 +295,115 @@ def own_row(name: str, tokens: int) -> None:
 # -- weights ------------------------------------------------------------------------------------------------
 
 
-def publish(root: Path) -> None:
-    """From the trainer's tensors to a policy that the server computes with, against the same bytes moved plainly."""
-    config = ModelConfig(name=str(root / "model"), random_init=True)
-    trained = build(config, seed=0, device="cuda")
-    served = build(config, seed=1, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    paths = RunPaths(root / "run")
-    for directory in (paths.staging, paths.weight(0).parent):
-        directory.mkdir(parents=True, exist_ok=True)
-    stage = Stage.open(paths, "benchmark")
-    ratios, rates = [], []
-    for step in range(3):
-        started = time.perf_counter()
-        tensors = full_tensors(trained)
-        directory = stage.begin(f"weights_{step}")
-        save(directory, tensors, config)
-        weights.commit(stage, directory, step=step, attempt=1)
-        published = time.perf_counter()
-        read = adoption.read(paths.weight(step), adoption.architecture(served.config))
-        adoption.copier(served, read)()
-        torch.cuda.synchronize()
-        adopted = time.perf_counter()
-        plain = plain_move(tensors, root / "plain")
-        ratios.append((adopted - started) / plain)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        rates.append((size / 1e9, published - started, adopted - published, plain))
-        del read, tensors
-    size, out, back, plain = rates[-1]
-    say(
-        "publish -> adopted against device -> file + fsync -> device",
-        f"{statistics.median(ratios):.2f}x (goal 1.5x)",
+class Move(NamedTuple):
+    """One policy on its way, in seconds."""
+
+    gather_s: float
+    publish_s: float
+    """From the gathered tensors to a policy that a server may adopt."""
+    adopt_s: float
+    all_s: float
+    """From the trainer's tensors to those that the server computes with."""
+    plain_s: float
+    """The same bytes: device, file and fsync, device."""
+
+
+def publish(root: Path, world: World, memory_dir: Path, repeats: int = 5) -> None:
+    """From the trainer's tensors to a policy that the server computes with, against the same bytes moved plainly.
+
+    By the trainer's publisher and the server's reader, policy after policy, each pruned when the next one is adopted.
+    """
+    found = {
+        transport: [*moves(root, transport, world, memory_dir, repeats)]
+        for transport in ("filesystem", "memory")
+    }
+    size = sum(path.stat().st_size for path in (root / "run_memory").rglob("*.safetensors"))
+    say(f"one policy, {world.device.type}, the disk is {root}", f"{size / 1e9:.2f} GB")
+    for transport, rows in found.items():
+        middle = Move(*(statistics.median(values) for values in zip(*rows[1:], strict=True)))
+        first = rows[0].all_s
+        say(
+            f"  {transport}: trained -> adopted, median of {len(rows) - 1}",
+            f"{middle.all_s:.2f} s (gather {middle.gather_s:.2f}, publish {middle.publish_s:.2f}, "
+            f"adopt {middle.adopt_s:.2f}; the first {first:.2f}), {middle.all_s / middle.plain_s:.2f}x plain",
+        )
+
+
+def moves(root: Path, transport: str, world: World, memory_dir: Path, repeats: int) -> Iterator[Move]:
+    """Policies one after the other; the first one gets its memory from the kernel."""
+    config = RLConfig.model_validate(
+        {
+            "model": {"name": str(root / "model"), "random_init": True},
+            "max_steps": repeats + 1,
+            "weights": {"transport": transport, "memory_dir": str(memory_dir)}
+            | ({"publish_interval": repeats + 2} if transport == "memory" else {}),
+        }
     )
-    say(f"  last of three: {size:.1f} GB", f"publish {out:.2f} s, adopt {back:.2f} s, plain {plain:.2f} s")
+    device = world.device
+    trained = build(config.model, seed=0, device=device)
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    served = build(config.model, seed=1, device=device, dtype=kind).requires_grad_(False)
+    paths = RunPaths(root / f"run_{transport}")
+    for directory in (paths.staging, paths.weights):
+        directory.mkdir(parents=True, exist_ok=True)
+    assignment = Assignment(
+        paths=paths,
+        config=config,
+        plan=Plan(),
+        attempt=1,
+        run_id=f"benchmark{os.getpid()}",
+        lineage=0,
+        stage=Stage.open(paths, "benchmark"),
+    )
+    memory = Memory.open(config, assignment.run_id, 1)
+    publisher = Publisher(assignment, world, Timeline(None))
+    places = weights.Places(paths, assignment.memory)
+    network = adoption.architecture(served.config)
+    try:
+        for step in range(repeats + 1):
+            with torch.no_grad():
+                next(trained.parameters()).add_(1e-3)
+            settle()
+            started = time.perf_counter()
+            publisher.publish(trained, step)
+            gathered = time.perf_counter()
+            while not places.is_published(step):
+                publisher.poll()
+                time.sleep(1e-4)
+            published = time.perf_counter()
+            policy = places.read_policy(step, run_id=assignment.run_id, lineage=0)
+            assert policy is not None
+            (directory, *_) = places.directories(policy)
+            read = adoption.read(directory, network, policy.digest)
+            adoption.copier(served, read)()
+            settle()
+            adopted = time.perf_counter()
+            del read
+            publisher.wait()
+            publisher.prune(step, step, 0)
+            for old in durable.steps(paths.weights)[:-1]:
+                assignment.stage.remove(paths.weight(old))
+            plain = plain_move(trained, root / "plain")
+            yield Move(
+                gathered - started, published - gathered, adopted - published, adopted - started, plain
+            )
+    finally:
+        if memory is not None:
+            memory.close()
 
 
-def plain_move(tensors: dict[str, torch.Tensor], path: Path) -> float:
+def plain_move(model: Any, path: Path) -> float:
     """Device to host, one raw write with fsync, read, host to device: of the same bytes."""
-    here = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()]).cuda()
-    torch.cuda.synchronize()
+    here = torch.cat([tensor.detach().flatten().view(torch.uint8) for tensor in model.parameters()])
+    settle()
     started = time.perf_counter()
     data = here.cpu().numpy()
     with path.open("wb") as file:
         file.write(memoryview(data))
         file.flush()
         os.fsync(file.fileno())
-    torch.from_numpy(np.fromfile(path, dtype=np.uint8)).cuda()
-    torch.cuda.synchronize()
+    torch.from_numpy(np.fromfile(path, dtype=np.uint8)).to(here.device)
+    settle()
     return time.perf_counter() - started
 
 
@@ -434,7 +508,18 @@ def main() -> None:
     parser.add_argument("--points", nargs="+", default=[], help="such as sft8192; by default all four")
     parser.add_argument("--profile", action="store_true", help="also say which kernels the time goes to")
     parser.add_argument("--root", type=Path, help="on the disk to measure; by default a temporary directory")
+    parser.add_argument("--cpu", action="store_true", help="with --only publish: a small model, on the CPU")
+    parser.add_argument("--memory-dir", type=Path, default=Path("/dev/shm"), help="a tmpfs")
     arguments = parser.parse_args()
+    if arguments.cpu:
+        assert arguments.only == ["publish"], "--cpu goes with --only publish"
+        say("device", f"CPU, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+        SHAPE.update(SMALL)
+        set_determinism(1)
+        with tempfile.TemporaryDirectory(dir=arguments.root) as root:
+            write_model(Path(root) / "model")
+            publish(Path(root), open_world("cpu"), arguments.memory_dir)
+        return
     say("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     set_determinism(8)
     world = open_world("cuda")
@@ -445,7 +530,7 @@ def main() -> None:
             engine(Path(root), is_profiled=arguments.profile)
         clear()
         if "publish" in arguments.only:
-            publish(Path(root))
+            publish(Path(root), world, arguments.memory_dir)
         clear()
         if "attention" in arguments.only:
             attention()

@@ -154,7 +154,7 @@ class Life:
         Timeline(stage).add("train", step + 1, 0.0)
         with self._part("policy: publish, look for", step):
             self._publish_policy(step + 1)
-            assert weights.newest(self.paths, above=step) == step + 1
+            assert weights.Places(self.paths).newest(above=step) == step + 1
         with self._part("prune", step):
             self._prune(step + 1)
         if self._ckpt.is_due(step + 1, self._steps):

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ratchet import config_io
+from ratchet import config_io, memory
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.durable import hash_bytes
 from ratchet.errors import Damaged, Refusal
@@ -236,6 +236,11 @@ class Assignment:
     run_id: str
     lineage: int
     stage: Stage
+
+    @property
+    def memory(self) -> RunPaths | None:
+        """Where policies go through memory, on the trainer's machine; None if they do not."""
+        return memory.find(self.config, self.run_id, self.attempt)
 
 
 def token(attempt: int, role: str, incarnation: int) -> str:

@@ -148,14 +148,15 @@ def _prune_weights(
 ) -> None:
     """Delete published policies below the oldest that a server may still hold.
 
-    Kept are the newest, those of every checkpoint, and for each checkpoint v the policies
-    v - async_level .. v, which sample the first batches after a resume there.
+    Kept are the newest that is there (some go through memory alone), those of every checkpoint, and for each
+    checkpoint v the policies v - async_level .. v, which sample the first batches after a resume there.
     """
-    pinned = {newest}
+    there = durable.steps(stage.paths.weights)
+    pinned = {max((step for step in there if step <= newest), default=newest)}
     for step in checkpoints:
         pinned |= set(range(step - async_level, step + 1))
-    for step in _steps_below(stage.paths.weights, oldest_served):
-        if step not in pinned:
+    for step in there:
+        if step < oldest_served and step not in pinned:
             stage.remove(stage.paths.weight(step))
 
 

@@ -298,6 +298,12 @@ class EvalConfig(BaseConfig):
     rollouts_per_task: Announced[Positive] = 1
     temperature: Announced[float] = Field(default=1.0, gt=0)
 
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether policy `step` is evaluated."""
+        if step == 0:
+            return self.at_start
+        return step == max_steps or step % self.interval == 0
+
 
 class ClientConfig(BaseConfig):
     """How the orchestrator reaches inference."""
@@ -440,6 +446,28 @@ class SlurmConfig(BaseConfig):
     inference: SlurmRoleConfig = SlurmRoleConfig()
 
 
+class WeightsConfig(BaseConfig):
+    """How policies travel from the trainer to inference."""
+
+    transport: Free[Literal["filesystem", "memory"]] = "filesystem"
+    """`memory`: policies go through shared memory of the trainer's machine, and beside that onto the disk."""
+    publish_interval: Free[Positive] = 1
+    """With `memory`: publish every N-th policy on the disk too, besides those that a resume needs."""
+    memory_dir: Free[Path] = Path("/dev/shm")
+    """With `memory`: a tmpfs; a run has a directory of its own there while it runs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightsConfig":
+        if self.transport == "filesystem" and self.publish_interval != 1:
+            raise ValueError(
+                f"publish_interval {self.publish_interval} needs transport = 'memory': with 'filesystem' inference "
+                "has no other way to a policy than the disk"
+            )
+        if not self.memory_dir.is_absolute():
+            raise ValueError(f"memory_dir must be an absolute path; {str(self.memory_dir)!r} was given")
+        return self
+
+
 class RunConfig(BaseConfig):
     """The facts that every run has."""
 
@@ -501,8 +529,24 @@ class RLConfig(RunConfig):
     trainer: RLTrainerConfig = RLTrainerConfig()
     orchestrator: OrchestratorConfig = OrchestratorConfig()
     inference: InferenceConfig | None = None
+    weights: WeightsConfig = WeightsConfig()
 
     SECTIONS: ClassVar[tuple[str, ...]] = ("trainer", "orchestrator", "inference")
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        is_apart = self.slurm is not None and self.slurm.executor == "slurm"
+        if is_apart and self.weights.publish_interval > 1:
+            raise ValueError(
+                "weights.publish_interval must be 1 with --slurm: a job on another machine than the trainer's sees "
+                "only the policies that are on the disk"
+            )
+        return self
+
+    @property
+    def ahead(self) -> int:
+        """How many policies before that of a checkpoint a resume there needs: they sample its first batches."""
+        return self.max_async_level if self.deterministic else 0
 
 
 class ServerConfig(RLConfig):

@@ -1,10 +1,14 @@
 """Published policies: weights/step_v, a Hugging Face model directory that inference adopts.
 
+It lies in the run directory, and with `weights.transport = "memory"` first, for some of them only, in shared memory of
+the trainer's machine (`memory`); `Places` is the one answer to where.
+
 One writer, the trainer. A policy's name on the wire is `<run id>/<lineage>/<step>/<digest>`; adoption
 tests equality of that name, never order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import msgspec
 
 from ratchet import durable
 from ratchet.paths import RunPaths
-from ratchet.records import Manifest
+from ratchet.records import FileEntry, Manifest
 from ratchet.stage import Stage
 
 # What may differ between two files that describe the same network.
@@ -55,9 +59,12 @@ def digest(manifest: Manifest) -> str:
     return durable.payload_digest(manifest.files)
 
 
-def describe(directory: Path, *, step: int, attempt: int) -> Manifest:
-    """Seal a staged model directory; returns what its manifest will say."""
-    return Manifest(kind="weights", step=step, attempt=attempt, files=tuple(durable.seal(directory)))
+def describe(
+    directory: Path, *, step: int, attempt: int, sealed: Sequence[FileEntry] | None = None
+) -> Manifest:
+    """What the manifest of a staged model directory will say; its files are sealed, unless they are already."""
+    files = tuple(durable.seal(directory) if sealed is None else sealed)
+    return Manifest(kind="weights", step=step, attempt=attempt, files=files)
 
 
 def commit(stage: Stage, directory: Path, *, step: int, attempt: int) -> Manifest:
@@ -80,12 +87,61 @@ def is_published(paths: RunPaths, step: int) -> bool:
     return (paths.weight(step) / durable.MANIFEST).exists()
 
 
-def newest(paths: RunPaths, *, above: int) -> int | None:
-    """The newest published step above `above`: steps are published one after the other."""
-    step = above
-    while is_published(paths, step + 1):
-        step += 1
-    return step if step > above else None
+@dataclass(frozen=True)
+class Places:
+    """Where the policies of a run lie: in memory of the trainer's machine, if they go that way, and on the disk.
+
+    In memory are all that a server may still need since the attempt began, on the disk those that outlive it. The
+    same policy has the same bytes in both, and so the same name.
+    """
+
+    disk: RunPaths
+    memory: RunPaths | None = None
+    are_all_on_disk: bool = True
+    """Every policy comes onto the disk, a little later than into memory."""
+
+    @property
+    def _all(self) -> tuple[RunPaths, ...]:
+        return (self.disk,) if self.memory is None else (self.memory, self.disk)
+
+    def read_policy(self, step: int, *, run_id: str, lineage: int) -> Policy | None:
+        """The policy of `step`, in memory or else on the disk; None if it is not published."""
+        found = (read_policy(paths, step, run_id=run_id, lineage=lineage) for paths in self._all)
+        return next((policy for policy in found if policy is not None), None)
+
+    def directories(self, policy: Policy) -> list[Path]:
+        """The directories that hold exactly this policy, that in memory first."""
+        found = []
+        for paths in self._all:
+            manifest = durable.read_committed(paths.weight(policy.step))
+            if manifest is not None and digest(manifest) == policy.digest:
+                found.append(paths.weight(policy.step))
+        return found
+
+    def is_published(self, step: int) -> bool:
+        """Whether policy `step` is there, whole; its hashes are not read."""
+        return any(is_published(paths, step) for paths in self._all)
+
+    def steps(self) -> list[int]:
+        """Every step of which something is published, in order."""
+        return sorted({step for paths in self._all for step in durable.steps(paths.weights)})
+
+    def is_passed(self, step: int) -> bool:
+        """Whether the trainer has published beyond `step`: what is not there then does not come any more.
+
+        In memory it begins anew with each attempt, while on the disk later policies may lie since the one before.
+        """
+        return any(other > step for other in durable.steps(self._all[0].weights))
+
+    def newest(self, *, above: int) -> int | None:
+        """The newest step above `above`, which was published since the attempt began."""
+        if self.memory is None:  # one after the other: no directory is listed
+            step = above
+            while is_published(self.disk, step + 1):
+                step += 1
+            return step if step > above else None
+        listed = (step for step in reversed(durable.steps(self.memory.weights)) if step > above)
+        return next((step for step in listed if is_published(self.memory, step)), None)
 
 
 def architecture_digest(config: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ KEEP = ("--ckpt.interval", "2", "--ckpt.keep-last", "2")
 ASYNC = ("--ckpt.interval", "3", "--ckpt.save-async")
 BOTH = ("--ckpt.interval", "2", "--ckpt.keep-last", "2", "--ckpt.save-async")
 ALONE = ("--launch.max-restarts", "0")
+BY_MEMORY = ("--weights.transport", "memory", "--weights.publish-interval", "3")
 TWO_RANKS = ("--trainer.nproc", "2")
 PROBLEMS = (
     "commits_lost",
@@ -80,6 +81,10 @@ MODES = {
     "rl_exact": Mode("rl", (*RL, "--deterministic", *KEEP, *ALONE), ANYONE),
     "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "nursery", "launcher")),
     "rl_exact_2_ranks": Mode("rl", (*RL, "--deterministic", *BOTH, *TWO_RANKS, *ALONE), ANYONE),
+    "rl_exact_memory": Mode("rl", (*RL, "--deterministic", *BOTH, *BY_MEMORY, *ALONE), ANYONE),
+    "rl_restarts_memory": Mode(
+        "rl", (*RL, "--deterministic", *ASYNC, *BY_MEMORY), (*PROGRAMS, "nursery", "launcher")
+    ),
     "rl_2_ranks_restarts": Mode(
         "rl", (*RL, *KEEP, *TWO_RANKS), (*PROGRAMS, "nursery", "launcher"), repeats=False
     ),

@@ -30,6 +30,10 @@ class FakeInference:
         self.restart_at: set[int] = set()
         self.refuses = ""
         self.path = ""
+        self.knows_paths = True
+        """Otherwise it is one from before there was a choice of directories."""
+        self.unseen = "\0"
+        """It is on another machine: it sees no path with this part in it."""
         self.given: list[tuple[str, bool]] = []
         """The directories that it was told to load, and whether they were there."""
         self.pauses: list[list[float]] = []
@@ -118,7 +122,12 @@ class FakeInference:
     async def update_weights(self, request):
         if self.refuses:
             return web.json_response({"error": {"message": self.refuses}}, status=409)
-        self.path = (await request.json())["update_info"]["path"]
+        info = (await request.json())["update_info"]
+        paths = info["paths"] if self.knows_paths else [info["path"]]
+        seen = [path for path in paths if self.unseen not in path and Path(path).exists()]
+        if not seen and self.knows_paths:
+            return web.json_response({"error": {"message": f"sees none of {paths}"}}, status=410)
+        self.path = seen[0] if seen else paths[0]
         assert Path(self.path).is_absolute()
         self.given.append((self.path, (Path(self.path) / "config.json").exists()))
         assert self.given[-1][1]

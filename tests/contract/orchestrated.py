@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 from fake_inference import END
 
-from ratchet import attempts, batchlog, digest, durable, metrics, weights
+from ratchet import attempts, batchlog, digest, durable, memory, metrics, weights
 from ratchet.config import RLConfig
 from ratchet.launch.opening import open_attempt
+from ratchet.memory import MemoryStage
 from ratchet.stage import Stage
 
 MODEL = Path(__file__).parents[2] / "examples" / "reverse_text" / "model"
@@ -81,6 +82,10 @@ class Run:
         self.opened, self.paths, self.record = opened, opened.paths, opened.record
         self.incarnation = 0
         self.stage = Stage.open(self.paths, attempts.token(self.record.attempt, "trainer", 1))
+        paths = memory.find(config, self.record.run_id, self.record.attempt)
+        self.memory = None if paths is None else MemoryStage.join(paths, self.stage)
+        self.copy_delay_s = 0.0
+        """How long after a policy is in memory it comes onto the disk."""
         self.trainer = None
         self.unpublished = set()
         self.prunes = False
@@ -121,25 +126,33 @@ class Run:
         """Publish policy v for batch v-1, its content chained over all batches before."""
         step = self.record.plan.step
         state = "start"
-        self.publish(step, state)
+        await self.publish(step, state)
         while step < self.config.max_steps:
             while not batchlog.is_ready(self.paths, step):
                 await asyncio.sleep(0.005)
             samples, manifest = batchlog.read(self.paths, step)
             state = durable.hash_bytes(state.encode() + msgspec.msgpack.encode(samples))
             step += 1
-            self.publish(step, state)
+            await self.publish(step, state)
             for old in durable.steps(self.paths.weights) if self.prunes else ():
                 if old < min(step, manifest.meta["oldest_served"]):
                     self.stage.remove(self.paths.weight(old))
 
-    def publish(self, step, state):
+    async def publish(self, step, state):
         if step in self.unpublished:
             return
-        directory = self.stage.begin(f"weights_{step}")
+        if self.memory is not None:
+            self._publish(self.memory, step, state)
+            await asyncio.sleep(self.copy_delay_s)
+            if not memory.outlives(self.config, step):
+                return
+        self._publish(self.stage, step, state)
+
+    def _publish(self, stage, step, state):
+        directory = stage.begin(f"weights_{step}")
         (directory / "model.safetensors").write_text(state)
         (directory / "config.json").write_bytes((MODEL / "config.json").read_bytes())
-        weights.commit(self.stage, directory, step=step, attempt=self.record.attempt)
+        weights.commit(stage, directory, step=step, attempt=self.record.attempt)
 
     async def batch(self, step):
         while not batchlog.is_ready(self.paths, step):

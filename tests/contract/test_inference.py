@@ -425,6 +425,37 @@ def test_a_client_that_died_inside_an_update_leaves_a_server_that_the_next_one_c
     assert {span["version"] for span in spans} <= {"a", "b"}
 
 
+def test_an_update_takes_the_first_directory_that_is_there(server, folder, policies, engine):
+    """The best way first: memory of the trainer's machine, which a server elsewhere does not see."""
+    paths = [str(folder / "nowhere" / "step_1"), str(policies["b"]), str(policies["a"])]
+    digest = weights.digest(durable.read_manifest(policies["b"]))
+    server.post("/pause?mode=keep")
+    server.post("/start_weight_update")
+    info = {"path": str(policies["a"]), "paths": paths, "digest": digest}
+    server.post("/update_weights", {"update_info": info})
+    server.post("/finish_weight_update", {"weight_version": "b"})
+    server.post("/resume")
+    engine.assert_sampled_from(policies["b"], server.generate([5], seed=1), [5], 1)
+
+
+def test_directories_that_are_not_seen_and_other_policies_are_refused(server, folder, policies):
+    """Of which digest a policy is says the client; where one was put in place of another it is asked again."""
+    nowhere, digest = (
+        [str(folder / "nowhere" / "step_1")],
+        weights.digest(durable.read_manifest(policies["b"])),
+    )
+    server.post("/pause?mode=keep")
+    server.post("/start_weight_update")
+    unseen = {"path": nowhere[0], "paths": nowhere, "digest": digest}
+    assert "set weights.publish_interval = 1" in server.refused(
+        410, "/update_weights", {"update_info": unseen}
+    )
+    other = {"path": str(policies["a"]), "paths": [str(policies["a"])], "digest": digest}
+    assert "holds another policy" in server.refused(400, "/update_weights", {"update_info": other})
+    server.post("/resume")
+    assert server.info()["weight_version"] == "a"
+
+
 def test_other_weights_are_refused_and_the_old_ones_served(server, folder):
     expected = values(server.generate([5, 6], seed=1))
     other = publish(folder / "other", 0, make_model(folder / "other-model", intermediate_size=128), seed=0)

@@ -17,10 +17,11 @@ def calm(toys, tmp_path_factory):
     """The calm course of a phase, by its name; each is gone through once."""
     known = {}
 
-    def calm(phase):
-        if phase not in known:
+    def calm(phase, more=()):
+        if (phase, more) not in known:
             start = tmp_path_factory.mktemp(phase)
-            known[phase] = phases.calm(toys, phase, start, start.with_name(f"{start.name}_whole"))
-        return known[phase]
+            whole = start.with_name(f"{start.name}_whole")
+            known[phase, more] = phases.calm(toys, phase, start, whole, more)
+        return known[phase, more]
 
     return calm

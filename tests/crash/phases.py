@@ -41,13 +41,14 @@ class Phase:
 
 
 PHASES = {
-    points.FRESH: Phase(lambda toys, root: None),
+    points.FRESH: Phase(lambda toys, root, *more: None),
     points.RESUME: Phase(
-        lambda toys, root: finish(toys, root, *FLAGS, steps=4), (*FLAGS, "--ckpt.resume-step", "4")
+        lambda toys, root, *more: finish(toys, root, *FLAGS, *more, steps=4),
+        (*FLAGS, "--ckpt.resume-step", "4"),
     ),
-    points.REPLAY: Phase(lambda toys, root: kill(toys, root, *FLAGS, at="batch.committed:5")),
+    points.REPLAY: Phase(lambda toys, root, *more: kill(toys, root, *FLAGS, *more, at="batch.committed:5")),
     points.ROLLBACK: Phase(
-        lambda toys, root: finish(toys, root, *KEEP_ALL), (*FLAGS, "--ckpt.resume-step", "2")
+        lambda toys, root, *more: finish(toys, root, *KEEP_ALL, *more), (*FLAGS, "--ckpt.resume-step", "2")
     ),
 }
 
@@ -62,9 +63,9 @@ class Calm:
     parts: dict
 
 
-def calm(toys, phase, start, whole):
-    """Go through a phase, in two new folders."""
-    PHASES[phase].prepare(toys, start / "run")
-    root = shutil.copytree(start, whole) / "run"
-    passages = finish(toys, root, *PHASES[phase].flags, is_counted=True).passages
+def calm(toys, phase, start, whole, more=()):
+    """Go through a phase, in two new folders; `more` are flags of every command."""
+    PHASES[phase].prepare(toys, start / "run", *more)
+    root = shutil.copytree(start, whole, symlinks=True) / "run"
+    passages = finish(toys, root, *PHASES[phase].flags, *more, is_counted=True).passages
     return Calm(start, root, passages, digest.parts(root))

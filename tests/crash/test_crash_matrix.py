@@ -8,6 +8,7 @@ from pathlib import Path
 import points
 import pytest
 from phases import KEEP_ALL, PHASES, STEPS, finish, kill
+from toy import EVAL_EVERY
 
 from ratchet import attempts, digest, durable, journal, metrics
 from ratchet.paths import RunPaths
@@ -15,6 +16,16 @@ from ratchet.paths import RunPaths
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src" / "ratchet"
 CASES = [(phase, row.name) for phase in points.ALL for row in points.ROWS if phase in row.phases]
+MEMORY = (
+    *("--weights.transport", "memory", "--weights.publish-interval", "3"),
+    *("--orchestrator.eval.interval", str(EVAL_EVERY)),
+)
+# What a policy passes on its way, and what it goes by.
+TRAVELLING = {
+    *(f"weights.{place}" for place in ("before_manifest", "before_rename", "after_rename", "committed")),
+    *("checkpoint.before_rename", "remove.after_rename", "batch.committed"),
+    *("replace.record.json.before_rename", "replace.run.toml.before_rename"),
+}
 # Where a rollout is finished and nowhere yet.
 LOSING = ("journal.before_append", "create.before_rename")
 
@@ -39,6 +50,28 @@ def test_killed_at_the_first_a_middle_and_the_last_passage_the_run_ends_the_same
 def test_killed_at_any_passage_the_run_ends_the_same(toys, calm, tmp_path, phase, point):
     for number in range(1, calm(phase).passages[point] + 1):
         die_and_continue(toys, calm(phase), tmp_path, phase, point, number)
+
+
+@pytest.mark.parametrize(("phase", "point"), [case for case in CASES if case[1] in TRAVELLING])
+def test_killed_while_policies_go_through_memory_the_run_ends_as_one_by_the_disk(
+    toys, calm, tmp_path, phase, point
+):
+    """No checkpoint falls on a multiple of the interval but by chance, and memory is lost with every death."""
+    here = calm(phase, MEMORY)
+    assert here.passages[point] > calm(phase).passages[point] // 2
+    for number in range(1, here.passages[point] + 1):
+        folder, flags = tmp_path / str(number), (*PHASES[phase].flags, *MEMORY)
+        shutil.copytree(here.start, folder, symlinks=True)
+        root = folder / "run"
+        kill(toys, root, *flags, at=f"{point}:{number}")
+        finish(toys, root, *flags)
+        assert digest.result(digest.parts(root)) == digest.result(calm(phase).parts), f"{point}:{number}"
+        assert memory_of(root) == [], "the memory is not given back"
+
+
+def memory_of(root):
+    run_id = attempts.newest(RunPaths(root)).run_id
+    return list(Path("/dev/shm").glob(f"ratchet-*-{run_id}"))
 
 
 def die_and_continue(toys, calm, tmp_path, phase, point, number):

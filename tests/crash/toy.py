@@ -5,17 +5,19 @@
 The "policy" is a hash chained over the batches, so a skipped, doubled or reordered batch changes every later state.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 import msgspec
 
-from ratchet import batchlog, checkpoint, durable, ledger, metrics, process, weights
+from ratchet import batchlog, checkpoint, durable, ledger, memory, metrics, process, weights
 from ratchet.attempts import Plan
 from ratchet.config import RLConfig
 from ratchet.config_io import load
 from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.launch.opening import open_attempt
+from ratchet.memory import MemoryStage
 from ratchet.records import Manifest, Sample
 
 AHEAD = 4
@@ -76,17 +78,44 @@ class Rollouts:
         self.journal.trim(self.journal.release(range(next_draw, EVER)))
 
 
-def publish_weights(stage, step, state, attempt):
-    directory = stage.begin(f"weights_{step}")
-    (directory / "model.safetensors").write_text(state)
-    weights.commit(stage, directory, step=step, attempt=attempt)
+class Policies:
+    """The trainer's way to weights/, or with `weights.transport = "memory"` its two."""
+
+    def __init__(self, stage, config, record):
+        self.stage, self.config, self.record = stage, config, record
+        paths = memory.find(config, record.run_id, record.attempt)
+        self.memory = None if paths is None else MemoryStage.join(paths, stage)
+        self.places = weights.Places(stage.paths, paths)
+
+    def publish(self, step, state):
+        stage = self.memory or self.stage
+        directory = stage.begin(f"weights_{step}")
+        (directory / "model.safetensors").write_text(state)
+        weights.commit(stage, directory, step=step, attempt=self.record.attempt)
+        outlives = step == self.record.plan.step or memory.outlives(self.config, step)
+        if self.memory is not None and outlives:
+            self.copy(step)
+
+    def copy(self, step):
+        source, directory = self.memory.paths.weight(step), self.stage.begin(f"weights_{step}")
+        durable.copy_file(source / "model.safetensors", directory / "model.safetensors")
+        weights.commit(self.stage, directory, step=step, attempt=self.record.attempt)
+
+    def prune(self, step):
+        if self.memory is not None:
+            for old in durable.steps(self.memory.paths.weights):
+                if old < step - 1 and (place := self.memory.withdraw(self.memory.paths.weight(old))):
+                    shutil.rmtree(place)
+        checkpoint.prune(self.stage, self.config.ckpt, published=step, oldest_served=step - 1, async_level=0)
+
+    def read(self, step):
+        name = str(self.places.read_policy(step, run_id=self.record.run_id, lineage=0))
+        (place, *_) = self.places.directories(weights.Policy.parse(name))
+        durable.verify(place)
+        return (place / "model.safetensors").read_text()
 
 
-def prune(stage, step, config):
-    checkpoint.prune(stage, config.ckpt, published=step, oldest_served=step - 1, async_level=0)
-
-
-def save(stage, step, state, config, attempt):
+def save(stage, step, state, config, attempt, policies):
     if checkpoint.is_committed(stage.paths, step):
         return
     directory = checkpoint.begin(stage, step)
@@ -99,13 +128,13 @@ def save(stage, step, state, config, attempt):
     checkpoint.commit(
         stage, directory, step=step, attempt=attempt, world_size=1, entries=entries, meta=meta, versions={}
     )
-    retain(stage, step, config)
+    retain(stage, step, config, policies)
 
 
-def retain(stage, step, config):
+def retain(stage, step, config, policies):
     if config.ckpt is not None:
         checkpoint.retain(stage, config.ckpt)
-    prune(stage, step, config)
+    policies.prune(step)
 
 
 def restore(paths, plan):
@@ -145,12 +174,12 @@ def emit(stage, paths, step, attempt, rollouts):
     rollouts.settle(drawn)
 
 
-def evaluate(stage, step, attempt, max_steps):
+def evaluate(stage, step, attempt, max_steps, policies):
     """The orchestrator's part as well: policy `step` is evaluated once, where that is due, and its row appended."""
     is_due = step % EVAL_EVERY == 0 or step == max_steps
     if not is_due or durable.read_committed(stage.paths.eval(step)) is not None:
         return
-    policy = (stage.paths.weight(step) / "model.safetensors").read_text()
+    policy = policies.read(step)
     row = {"step": step, "eval/toy/reward": policy}
     directory = stage.begin(f"eval_{step}")
     (directory / "toy.json").write_bytes(msgspec.json.encode([{"task": "eval/0", "completion": policy}]))
@@ -172,10 +201,11 @@ def main():
     for message in plan.messages:
         sys.stdout.write(message + "\n")
     attempt, state, step = opened.record.attempt, restore(paths, plan), plan.step
-    publish_weights(stage, step, state, attempt)
+    policies = Policies(stage, config, opened.record)
+    policies.publish(step, state)
     rollouts = Rollouts(stage, opened.record)
     while step < config.max_steps:
-        evaluate(stage, step, attempt, config.max_steps)
+        evaluate(stage, step, attempt, config.max_steps, policies)
         # One batch ahead of training, as the asynchronous orchestrator is.
         emit(stage, paths, step, attempt, rollouts)
         if step + 1 < config.max_steps:
@@ -184,12 +214,12 @@ def main():
         state = durable.hash_bytes(f"{state}/{samples[0].draw}".encode())
         step += 1
         metrics.append(stage, paths.metric("trainer"), {"step": step, "loss": int(state[:6], 16)})
-        publish_weights(stage, step, state, attempt)
-        prune(stage, step, config)
+        policies.publish(step, state)
+        policies.prune(step)
         if config.ckpt is not None and config.ckpt.is_due(step, config.max_steps):
-            save(stage, step, state, config, attempt)
-    evaluate(stage, step, attempt, config.max_steps)
-    retain(stage, step, config)
+            save(stage, step, state, config, attempt, policies)
+    evaluate(stage, step, attempt, config.max_steps, policies)
+    retain(stage, step, config, policies)
     opened.close(0, "complete")
     return 0
 

@@ -78,3 +78,8 @@ def test_batches_stay_from_the_oldest_of_the_newest_sound_checkpoints_on(stage):
     (stage.paths.checkpoint(8) / "data").unlink()
     checkpoint.prune(stage, CkptConfig(keep_last=2), published=9, oldest_served=9, async_level=1)
     assert durable.steps(stage.paths.batches) == [4, 5, 6, 7, 8, 9]
+
+
+def test_the_newest_policy_that_is_on_the_disk_stays_where_later_ones_went_through_memory(stage):
+    publish(stage, stage.paths.weights, 0, 3, 6)
+    assert prune(stage) == [6]

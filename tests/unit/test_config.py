@@ -159,3 +159,27 @@ def test_what_is_frozen_or_adapted_may_not_change_within_a_run():
     assert (str(change), change.mark) == ("model.freeze: ['embed'] -> ['embed', 'norm']", OnResume.FIXED)
     found = {c.key: c.mark for c in config_io.changes(old, lora)}
     assert found["model.lora.rank"] is found["model.lora.target_modules"] is OnResume.FIXED
+
+
+def test_a_publish_interval_needs_memory_and_one_machine(files):
+    by_memory = ("--weights.transport", "memory", "--weights.publish-interval", "3")
+    assert config_io.load(RLConfig, split(files, *by_memory)).weights.publish_interval == 3
+    with pytest.raises(Refusal, match="publish_interval 3 needs transport = 'memory'"):
+        config_io.load(RLConfig, split(files, *by_memory[2:]))
+    with pytest.raises(Refusal, match=r"publish_interval must be 1 with --slurm"):
+        config_io.load(RLConfig, split(files, *by_memory, "--slurm"))
+    config_io.load(RLConfig, split(files, *by_memory, "--slurm.executor", "local"))
+    config_io.load(RLConfig, split(files, *by_memory[:2], "--slurm"))
+
+
+def test_the_way_of_policies_may_change_on_resume():
+    table = config_io.marks(RLConfig)
+    assert {table[f"weights.{name}"] for name in ("transport", "publish_interval", "memory_dir")} == {
+        OnResume.FREE
+    }
+
+
+def test_only_where_one_policy_samples_each_batch_a_resume_needs_those_before_its_checkpoint():
+    settings = {"model": {"name": "m"}, "max_steps": 1, "max_async_level": 3}
+    assert RLConfig.model_validate(settings).ahead == 0
+    assert RLConfig.model_validate(settings | {"deterministic": True}).ahead == 3

@@ -16,6 +16,7 @@ from programs import run
 from ratchet.config import CkptConfig, ModelConfig, RLConfig, RLTrainerConfig
 from ratchet.launch import machine, trials
 from ratchet.launch.machine import Gpu, Torch
+from ratchet.memory import Memory
 
 
 def verdicts(findings):
@@ -176,3 +177,14 @@ def test_the_command_says_what_the_start_would_refuse_and_touches_nothing(tmp_pa
     assert [f["name"] for f in answer["findings"] if f["verdict"] == "fails"] == ["settings"]
     assert "gone does not exist" in answer["findings"][-1]["text"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_policies_in_memory_of_a_run_whose_launcher_was_killed_are_named(tmp_path):
+    settings = config(weights={"transport": "memory", "memory_dir": str(tmp_path)})
+    assert machine.leftovers(settings) is None
+    held = Memory.open(settings, "x", 1)
+    assert machine.leftovers(settings) is None
+    held._owner.close()
+    found = machine.leftovers(settings)
+    assert found.verdict == "warning"
+    assert found.remedy == f"rm -r {tmp_path / f'ratchet-{os.getuid()}-x'}"

@@ -217,3 +217,13 @@ def test_a_failed_flush_is_an_error_of_the_closing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         sealed.close()
     assert sealed.closed
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5, (16 << 20) + 3])
+def test_a_copy_is_whole_and_new(tmp_path, size_bytes):
+    (tmp_path / "a").write_bytes(bytes(range(256)) * (size_bytes // 256) + b"x" * (size_bytes % 256))
+    durable.copy_file(tmp_path / "a", tmp_path / "b")
+    assert durable.hash_file(tmp_path / "b") == durable.hash_file(tmp_path / "a")
+    assert (tmp_path / "b").stat().st_size == size_bytes
+    with pytest.raises(FileExistsError):
+        durable.copy_file(tmp_path / "a", tmp_path / "b")

@@ -6,6 +6,7 @@ from ratchet import durable, weights
 from ratchet.orchestrator import evals
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
+from ratchet.weights import Places
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def publish(paths, step):
 def test_a_policy_is_gone_where_only_later_ones_are_left(paths, there, gone):
     for step in there:
         publish(paths, step)
-    assert evals.is_gone(paths, 4) is gone
+    assert evals.is_gone(Places(paths), 4) is gone
 
 
 @pytest.mark.parametrize("published_after", [1, 2])
@@ -50,4 +51,4 @@ def test_a_policy_published_between_two_looks_is_not_gone(paths, monkeypatch, pu
     publish(paths, 3)
     monkeypatch.setattr(durable, "steps", watched(durable.steps))
     monkeypatch.setattr(weights, "is_published", watched(weights.is_published))
-    assert not evals.is_gone(paths, 4)
+    assert not evals.is_gone(Places(paths), 4)

@@ -23,6 +23,7 @@ LAYERS = [
         "compare",
         "fork",
         "ledger",
+        "memory",
         "metrics",
         "mirror",
         "now",
@@ -90,4 +91,13 @@ def test_everything_outside_models_and_engines_imports_without_torch():
     ]
     names += ["ratchet.models.check", "ratchet.trainer.sft_data", "ratchet.trainer.schedule"]
     code = f"import sys\nfor name in {names!r}: __import__(name)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_runs_in_vllms_environment_needs_no_configuration():
+    """That environment has vLLM's pins and not ours: no pydantic_config."""
+    code = (
+        "import sys\nsys.modules['pydantic_config'] = None\n"
+        "import ratchet.weights, ratchet.inference.adoption, ratchet.heartbeat, ratchet.process"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from ratchet.config import EvalConfig, RLConfig
 from ratchet.errors import Refusal
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.check import check, probe
-from ratchet.orchestrator.evals import is_due, mean_metrics
+from ratchet.orchestrator.evals import mean_metrics
 from ratchet.orchestrator.scheduler import Batch, Group
 from ratchet.records import Progress, Sample, VersionSpan
 
@@ -154,9 +154,9 @@ def test_another_tokenizer_is_loaded_from_where_it_is_named(here):
 
 def test_the_policies_that_are_evaluated():
     every_4 = EvalConfig(interval=4)
-    assert [step for step in range(11) if is_due(every_4, step, 10)] == [0, 4, 8, 10]
+    assert [step for step in range(11) if every_4.is_due(step, 10)] == [0, 4, 8, 10]
     not_at_start = EvalConfig(interval=4, at_start=False)
-    assert [step for step in range(11) if is_due(not_at_start, step, 10)] == [4, 8, 10]
+    assert [step for step in range(11) if not_at_start.is_due(step, 10)] == [4, 8, 10]
 
 
 def test_a_metric_is_averaged_over_the_rollouts_that_have_it():

@@ -71,7 +71,11 @@ def _examine(config: RunConfig | None, directory: Path, is_planned: bool) -> Ite
     yield machine.port()
     yield from trials.examine(directory)
     yield machine.disk(found, config, directory)
-    more = [machine.memory(found, config), machine.model(config) if config else None]
+    more = [
+        machine.memory(found, config),
+        machine.leftovers(config),
+        machine.model(config) if config else None,
+    ]
     yield from (finding for finding in more if finding)
     if config is not None and is_planned and not any(finding and finding.name == "model" for finding in more):
         yield _start(config)

@@ -4,7 +4,7 @@ import sys
 
 from ratchet import config_io, log, process
 from ratchet.attempts import KINDS
-from ratchet.cli.programs import check_rl, check_sft
+from ratchet.cli.programs import check_rl, check_sft, check_trainer
 from ratchet.config import RLConfig, SFTConfig, SlurmConfig
 from ratchet.launch import cluster
 from ratchet.launch.nodes import join_trainer
@@ -31,7 +31,7 @@ def main() -> int:
     if name != "trainer":
         host = "127.0.0.1" if settings.executor == "local" else settings.host
         return cluster.serve(config, name, settings.wait_s, host)
-    return run("rl", config, ("trainer",), lambda: check_rl(config, is_alone=True))
+    return run("rl", config, ("trainer",), lambda: check_rl(config, is_alone=True) | check_trainer(config))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ratchet.errors import Refusal
 from ratchet.launch.join import join_orchestrator
 from ratchet.launch.nodes import join_trainer
 from ratchet.launch.opening import Fingerprints
+from ratchet.launch.preflight import check_memory
 from ratchet.launch.replay import replay
 from ratchet.launch.run import run
 from ratchet.launch.slurm import submit
@@ -82,6 +83,7 @@ def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
     found = {"model": check_model(config.model), **check(config)}
     if is_alone:
         return found
+    check_memory(config)
     if config.inference is None:
         probe(config)
     elif config.inference.engine == "vllm":
@@ -108,9 +110,15 @@ def _trainer() -> int:
     config = _parse(RLConfig, "trainer").model_copy(update={"slurm": None})
     if config.trainer.node_rank > 0:
         return join_trainer(config, config.trainer)
+    return run("rl", config, ("trainer",), lambda: check_trainer(config))
+
+
+def check_trainer(config: RLConfig) -> Fingerprints:
+    """Refuse what no trainer of an RL run could use; returns what it is. Raises: Refusal"""
     from ratchet.models.check import check_model
 
-    return run("rl", config, ("trainer",), lambda: {"model": check_model(config.model)})
+    check_memory(config)
+    return {"model": check_model(config.model)}
 
 
 def orchestrator() -> NoReturn:

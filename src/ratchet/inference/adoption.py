@@ -1,19 +1,26 @@
 """New weights while requests are in flight: verified and read completely before the model is touched."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.errors import Damaged, Refusal
+from ratchet.models import tensor_file
+from ratchet.records import Manifest
 
+_TENSORS = ".safetensors"
 UNLABELLED = "unlabelled"
 """The version of weights that were loaded and not yet named: no token is sampled under it."""
+
+
+class Unseen(Refusal):
+    """None of the directories that were given is there, as this machine sees it."""
 
 
 class OutOfSequence(Refusal):
@@ -25,12 +32,55 @@ def architecture(config: PreTrainedConfig) -> str:
     return weights.architecture_digest(msgspec.json.decode(config.to_json_string(use_diff=False)))
 
 
-def read(directory: Path, expected_architecture: str) -> dict[str, torch.Tensor]:
-    """The tensors of a published policy.
+@dataclass(frozen=True)
+class Wanted:
+    """Which policy a client asks for."""
 
-    Raises: Damaged if a byte is not what the manifest says; OutOfSequence if it describes another network.
+    paths: tuple[str, ...]
+    """Directories that hold it, the best first; this machine may see the last one only."""
+    digest: str | None = None
+    """Of its files. A client that gives none takes what stands there."""
+    is_choice: bool = False
+    """The client knows that a directory may not be seen here."""
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> "Wanted":
+        """From the body of `/update_weights`. Raises: Refusal"""
+        info = body.get("update_info")
+        info = info if isinstance(info, dict) else {}
+        choice = info.get("paths")
+        paths = choice or [info.get("path")]
+        digest = info.get("digest")
+        known = [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
+        if not known:
+            raise Refusal('The body must be {"update_info": {"path": "<a published weights directory>"}}.')
+        return cls(tuple(known), digest if isinstance(digest, str) and digest else None, bool(choice))
+
+    def read(self, expected_architecture: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        """Its tensors, and where they lay. Raises: Unseen; Damaged; OutOfSequence (see `read`)"""
+        places = [Path(path) for path in self.paths]
+        there = [place for place in places if (place / durable.MANIFEST).exists()]
+        if not there and self.is_choice:
+            raise Unseen(
+                f"This machine sees none of {', '.join(self.paths)}: where inference is on another machine than the "
+                "trainer, set weights.publish_interval = 1 and share the run directory."
+            )
+        directory = (there or places)[0]
+        return directory, read(directory, expected_architecture, self.digest)
+
+
+def read(directory: Path, expected_architecture: str, digest: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a published policy, on the CPU, for as long as they are kept: views of its files' pages.
+
+    Raises: Damaged if a byte is not what the manifest says, or it is another policy than that of this digest;
+    OutOfSequence if it describes another network.
     """
-    manifest = durable.verify(directory)
+    manifest = durable.read_manifest(directory)
+    if digest is not None and weights.digest(manifest) != digest:
+        raise Damaged(
+            f"{directory} holds another policy than the one of digest {digest}, which was asked for."
+        )
+    tensors = read_tensors(directory, manifest)
     try:
         found = architecture(AutoConfig.from_pretrained(directory))
     except (OSError, ValueError) as error:
@@ -40,17 +90,17 @@ def read(directory: Path, expected_architecture: str) -> dict[str, torch.Tensor]
             f"{directory} (step {manifest.step}) describes another network than the one served here: start a server "
             "with that model."
         )
-    try:
-        return read_tensors(directory)
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"The tensors of {directory} cannot be read: {error}.") from None
+    return tensors
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved model, by name, on the CPU. Tied ones are there once."""
+def read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """All tensors of a published model, by name; tied ones are there once. Every file is verified. Raises: Damaged"""
+    durable.check_sizes(directory, manifest)
+    durable.check_hashes(directory, [e for e in manifest.files if not e.name.endswith(_TENSORS)])
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(path)
+    for entry in manifest.files:
+        if entry.name.endswith(_TENSORS):
+            tensors |= tensor_file.read(directory, entry)
     return tensors
 
 

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket
 
 from ratchet.errors import RatchetError, Refusal
 from ratchet.inference import completions, lane, updates, wire
-from ratchet.inference.adoption import OutOfSequence
+from ratchet.inference.adoption import OutOfSequence, Unseen
 from ratchet.inference.service import Broken, ClientGone, NotServed, Service, Unavailable, as_json
 from ratchet.inference.worker import Interrupted
 from ratchet.lane import PATH as LANE
@@ -23,6 +23,7 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 _STATUS: list[tuple[type[RatchetError], int, str]] = [
     (NotServed, 404, "not_found"),
+    (Unseen, 410, "gone"),
     (OutOfSequence, 409, "conflict"),
     (Interrupted, 409, "conflict"),
     (Refusal, 400, "invalid_request_error"),

@@ -1,15 +1,13 @@
 """The routes of live weights, vLLM's sequence: pause, start, update, finish, reset the prefix cache, resume."""
 
 import asyncio
-from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ratchet.errors import Refusal
 from ratchet.inference import adoption, wire
-from ratchet.inference.adoption import UNLABELLED
+from ratchet.inference.adoption import UNLABELLED, Wanted
 from ratchet.inference.service import Service, as_json
 from ratchet.inference.worker import Mode
 from ratchet.log import LOGGER
@@ -53,11 +51,11 @@ async def start_weight_update(service: Service, request: Request) -> Response:
 
 
 async def update_weights(service: Service, request: Request) -> Response:
-    directory = _path_of(wire.decode(await request.body()))
+    wanted = Wanted.parse(wire.decode(await request.body()))
     async with service.update_lock:
         service.updates.check_update(is_paused=service.worker.is_paused)
         worker = service.worker
-        tensors = await asyncio.to_thread(adoption.read, directory, service.architecture)
+        directory, tensors = await asyncio.to_thread(wanted.read, service.architecture)
         copy = adoption.copier(worker.engine.model.model, tensors)
 
         def adopt() -> None:
@@ -86,11 +84,3 @@ async def reset_prefix_cache(service: Service, request: Request) -> Response:
     if request.query_params.get("reset_running_requests", "false").lower() == "true":
         await asyncio.wrap_future(service.worker.call(engine.recompute))
     return Response()
-
-
-def _path_of(body: dict[str, Any]) -> Path:
-    info = body.get("update_info")
-    path = info.get("path") if isinstance(info, dict) else None
-    if not isinstance(path, str) or not path:
-        raise Refusal('The body must be {"update_info": {"path": "<a published weights directory>"}}.')
-    return Path(path)

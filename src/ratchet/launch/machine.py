@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ratchet import hub, process
-from ratchet.config import RLConfig, RunConfig, SFTConfig
+from ratchet import memory as shared_memory
+from ratchet.config import RLConfig, RunConfig, SFTConfig, WeightsConfig
 from ratchet.launch.finding import Finding
-from ratchet.launch.preflight import bytes_needed
+from ratchet.launch.preflight import available_bytes, bytes_needed
 from ratchet.launch.trials import standing
 
 _INSTALL = "install Ratchet again: `uv sync` in its clone"
@@ -143,10 +144,14 @@ def memory(found: Torch | str, config: RunConfig | None) -> Finding | None:
     return Finding("memory", "warning", text, "raise trainer.nproc, or take a smaller model")
 
 
-def available_bytes() -> int:
-    """Source: proc(5), /proc/meminfo"""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+def leftovers(config: RunConfig | None) -> Finding | None:
+    """Policies in memory of runs whose launcher was killed, and which nobody has continued here."""
+    base = config.weights.memory_dir if isinstance(config, RLConfig) else WeightsConfig().memory_dir
+    found = [str(root) for root in shared_memory.leftovers(base)]
+    if not found:
+        return None
+    text = f"{', '.join(found)}: policies of runs that are gone take memory"
+    return Finding("leftovers", "warning", text, f"rm -r {' '.join(found)}")
 
 
 def disk(found: Torch | str, config: RunConfig | None, directory: Path) -> Finding:

@@ -18,6 +18,7 @@ from ratchet import attempts, config_io, durable, metrics, process, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_OK, Refusal
+from ratchet.memory import Memory
 from ratchet.mirror import upload as uploading
 from ratchet.mirror.restore import restore
 from ratchet.paths import RunPaths, step_name
@@ -37,12 +38,15 @@ class Attempt:
     stage: Stage
     record: Record
     config: RunConfig
+    memory: Memory | None = None
 
     def close(self, code: int, reason: str, *, others_go_on: bool = False) -> None:
         """Record the outcome and leave no workshop behind.
 
         With `others_go_on` a joined orchestrator keeps its own after a success: it may owe the last evaluation.
         """
+        if self.memory is not None:
+            self.memory.close()
         self.record = attempts.write(
             self.stage, msgspec.structs.replace(self.record, outcome=Outcome(code, reason))
         )
@@ -128,6 +132,7 @@ def _open(
     last = attempts.newest(paths)
     number = _next_number(paths)
     stage = Stage.open(paths, attempts.token(number, "launcher", 0))
+    memory: Memory | None = None
     try:
         stage.revoke()
         if last is not None and not last.applied:
@@ -138,10 +143,13 @@ def _open(
             if last is not None and has_produced(paths):
                 fingerprints = _check_fingerprints(last.fingerprints, fingerprints)
             record = _begin(stage, kind, config, number, last, chosen, announced, fingerprints)
+            memory = Memory.open(config, record.run_id, number)  # before anybody can join
             record = _carry_out(stage, record)
             stage.enter()
-            return Attempt(paths, lock, stage, record, config)
+            return Attempt(paths, lock, stage, record, config, memory)
     except BaseException:
+        if memory is not None:
+            memory.close()
         shutil.rmtree(stage.directory, ignore_errors=True)
         lock.release()
         raise

@@ -22,7 +22,7 @@ _SYNCS = 10
 _SLOW_SYNC_S = 0.1
 _SPEED_BYTES = 32 << 20
 _ELSEWHERE = "choose an --output-dir on a local disk, or on a shared file system with POSIX semantics"
-_IN_MEMORY = {"tmpfs", "ramfs"}
+IN_MEMORY = {"tmpfs", "ramfs"}
 _SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "virtiofs"}
 
 
@@ -141,7 +141,7 @@ def _speed(root: Path) -> Finding:
 def _kind(place: Path) -> Finding:
     kind, name = mount_type(place), "directory"
     text = f"{place} ({kind})"
-    if kind in _IN_MEMORY:
+    if kind in IN_MEMORY:
         return Finding(
             name, "warning", f"{text} is kept in memory: a restart of the machine ends it", _ELSEWHERE
         )

@@ -71,11 +71,16 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) 
     The bytes are a function of the tensors and of the source's files, so equal policies have equal digests.
     Raises: OSError
     """
-    source = source_directory(model)
     _write_tensors(directory / WEIGHTS, tensors)
+    save_rest(directory, next(iter(tensors.values())).dtype, model)
+
+
+def save_rest(directory: Path, dtype: torch.dtype, model: ModelConfig) -> None:
+    """What `save` writes beside the tensors. Raises: OSError"""
+    source = source_directory(model)
     config = read_config(source)
     config.pop("torch_dtype", None)
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer = source if model.tokenizer is None else hub.snapshot(model.tokenizer, CHAT_FILES)
     for name in _COPIED:

@@ -47,10 +47,14 @@ def read(directory: Path, wanted: dict[str, TensorStorageMetadata]) -> dict[str,
     return tensors
 
 
-def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
+def full_tensors(
+    model: PreTrainedModel, *, is_kept: bool = True, into: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """A copy of every parameter and saved buffer, whole and on the CPU; tied ones appear once.
 
     All ranks call it, because shards are gathered; those that do not keep the result copy nothing to the host.
+    Tensors that are `into` already are filled again, new ones are added there: host memory costs more to get than
+    to fill. Those for a GPU are pinned.
     """
     own = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(own)
@@ -59,8 +63,14 @@ def full_tensors(model: PreTrainedModel, *, is_kept: bool = True) -> dict[str, t
     for name, value in state.items():
         tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
         if is_kept:
-            whole[name] = tensor.detach().to("cpu", copy=True)
+            whole[name] = _to_host(name, tensor.detach(), {} if into is None else into)
     return whole
+
+
+def _to_host(name: str, tensor: torch.Tensor, known: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name not in known:
+        known[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return known[name].copy_(tensor)
 
 
 def export(directory: Path, target: Path, model: ModelConfig, *, dtype: str) -> int:

@@ -16,11 +16,13 @@ from ratchet import lane
 from ratchet.errors import RatchetError
 from ratchet.orchestrator.calls import Completion, PauseMode, Request, Span, Torn, refusal
 from ratchet.orchestrator.lane import Lane, NotSpoken
+from ratchet.weights import Policy
 
 T = TypeVar("T")
 
 CONFLICT = 409
 DAMAGED = 400
+UNSEEN = 410
 UPDATE = "/update_weights"
 _GENERATE = "/inference/v1/generate"
 _SPARE_CONNECTIONS = 8
@@ -181,14 +183,16 @@ class Client:
         self._has_lane = info.lane == lane.VERSION
         return info
 
-    async def adopt(self, version: str, path: Path, mode: PauseMode) -> None:
-        """Give the server the weights in `path` under the name `version`, and check that it has them.
+    async def adopt(self, policy: Policy, directories: Sequence[Path], mode: PauseMode) -> None:
+        """Give the server a policy, from the first of these directories that it sees, and check that it has it.
 
+        A server that knows `path` alone takes the last one, which is on the disk if the policy is.
         Raises: Torn if any part of the cycle is, it is to be repeated as a whole; Answered.
         """
+        version, paths = str(policy), [str(directory.absolute()) for directory in directories]
         await self._exchange("POST", f"/pause?mode={mode}")
         await self._exchange("POST", "/start_weight_update")
-        update = {"update_info": {"path": str(path.absolute())}}
+        update = {"update_info": {"path": paths[-1], "paths": paths, "digest": policy.digest}}
         await self._exchange("POST", UPDATE, msgspec.json.encode(update))
         name = {"weight_version": version}
         await self._exchange("POST", "/finish_weight_update", msgspec.json.encode(name))

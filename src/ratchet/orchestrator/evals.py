@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ratchet import durable, metrics, weights
+from ratchet import durable, metrics
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import EvalConfig, RLConfig
@@ -20,6 +20,7 @@ from ratchet.orchestrator.play import Opening, Place, Player, Sampling
 from ratchet.paths import RunPaths
 from ratchet.records import Manifest, RolloutFailure, Sample
 from ratchet.stage import Stage
+from ratchet.weights import Places
 
 METRICS = "metrics.json"
 
@@ -36,29 +37,21 @@ class Played(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failure: RolloutFailure | None = None
 
 
-def is_due(config: EvalConfig, step: int, max_steps: int) -> bool:
-    """Whether policy `step` is evaluated."""
-    if step == 0:
-        return config.at_start
-    return step == max_steps or step % config.interval == 0
-
-
 def owed(paths: RunPaths, config: RLConfig) -> list[int]:
     """The steps of this run whose evaluation is due and not published yet, in order."""
     plan = config.orchestrator.eval
     if plan is None:
         return []
-    due = [step for step in range(config.max_steps + 1) if is_due(plan, step, config.max_steps)]
+    due = [step for step in range(config.max_steps + 1) if plan.is_due(step, config.max_steps)]
     return [step for step in due if durable.read_committed(paths.eval(step)) is None]
 
 
-def is_gone(paths: RunPaths, step: int) -> bool:
+def is_gone(places: Places, step: int) -> bool:
     """Whether policy `step` was published, or passed over, and is not there any more.
 
     The trainer publishes beside us, so what is listed is listed first: a policy that comes in between is there.
     """
-    listed = durable.steps(paths.weights)
-    return any(other > step for other in listed) and not weights.is_published(paths, step)
+    return places.is_passed(step) and not places.is_published(step)
 
 
 def mean_metrics(rollouts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Which policy the servers are given next: what sampling needs, and each one that is to be evaluated."""
 
-from ratchet import durable, weights
 from ratchet.attempts import Assignment
 from ratchet.errors import RatchetError
 from ratchet.log import LOGGER
@@ -14,6 +13,7 @@ class Policies:
     """`owed` are the steps whose evaluation is due and not published yet, in order."""
 
     def __init__(self, run: Assignment, rules: Rules, scheduler: Scheduler, target: Target) -> None:
+        self._places = target.places
         self._run = run
         self._rules = rules
         self._scheduler = scheduler
@@ -25,7 +25,7 @@ class Policies:
         step = self._next_step()
         if step is None:
             return None
-        return weights.read_policy(self._run.paths, step, run_id=self._run.run_id, lineage=self._run.lineage)
+        return self._places.read_policy(step, run_id=self._run.run_id, lineage=self._run.lineage)
 
     def _next_step(self) -> int | None:
         """The policy to adopt next: what the next batch needs, but no evaluation is passed over."""
@@ -34,8 +34,8 @@ class Policies:
             return None
         while self.owed and (wanted is None or self.owed[0] <= wanted):
             step = self.owed[0]
-            if not evals.is_gone(self._run.paths, step):
-                return step if weights.is_published(self._run.paths, step) else None
+            if not evals.is_gone(self._places, step):
+                return step if self._places.is_published(step) else None
             LOGGER.warning("policy %d is gone, so it cannot be evaluated any more", step)
             self.owed.pop(0)
         return wanted
@@ -47,13 +47,13 @@ class Policies:
             return None
         if self._rules.deterministic:
             required = self._rules.required_policy(scheduler.next_batch)
-            if required < self._run.plan.step and not weights.is_published(self._run.paths, required):
+            if required < self._run.plan.step and not self._places.is_published(required):
                 raise RatchetError(
                     f"Policy {required}, which alone may sample batch {scheduler.next_batch}, is gone, and the "
                     f"trainer begins at {self._run.plan.step}: resume from another checkpoint (`ckpt ls` lists them)."
                 )
             return required if required > current else None
         if current >= 0:
-            return weights.newest(self._run.paths, above=current)
-        listed = [s for s in durable.steps(self._run.paths.weights) if s <= scheduler.next_batch]
-        return max((s for s in listed if weights.is_published(self._run.paths, s)), default=None)
+            return self._places.newest(above=current)
+        listed = [s for s in self._places.steps() if s <= scheduler.next_batch]
+        return max((s for s in listed if self._places.is_published(s)), default=None)

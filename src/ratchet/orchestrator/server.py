@@ -22,14 +22,16 @@ from ratchet.config import ClientConfig
 from ratchet.errors import RatchetError, Refusal
 from ratchet.log import LOGGER
 from ratchet.orchestrator.calls import Answered, Torn
-from ratchet.orchestrator.client import CONFLICT, DAMAGED, UPDATE, Client, WeightInfo
+from ratchet.orchestrator.client import CONFLICT, DAMAGED, UNSEEN, UPDATE, Client, WeightInfo
 from ratchet.orchestrator.target import Target
+from ratchet.weights import Policy
 
 PROBE_S = 1.0
 _AWAY_PROBE_S = 0.1
 _BACKOFF_S = 0.05
 _BACKOFF_MAX_S = 2.0
 _GIVEN_UP_S = 30.0
+_DISK_POLL_S = 0.05
 
 
 class State(enum.Enum):
@@ -76,6 +78,8 @@ class Server:
         self.state = State.AWAY
         self.held = -1
         """The step of the policy that it held when it was last looked at."""
+        self._is_elsewhere = False
+        """It is on another machine than the trainer: of the directories of a policy it sees that on the disk."""
         self.loading: int | None = None
         self.warming_since = 0.0
         self.generation = 0
@@ -154,6 +158,9 @@ class Server:
             await self._work.wait()
             self._work.clear()
             while self._is_behind():
+                if self._is_elsewhere and not self._target.is_on_disk:
+                    await asyncio.sleep(_DISK_POLL_S)
+                    continue
                 try:
                     await self._mend()
                 except Torn as error:
@@ -210,9 +217,10 @@ class Server:
         policy = self._target.reread()
         self.loading = policy.step
         try:
-            await self.client.adopt(str(policy), self._target.directory(policy), self._target.mode)
+            directories = self._directories(policy)
+            await self.client.adopt(policy, directories, self._target.mode)
         except Answered as error:
-            self._judge(error, self._target.directory(policy))
+            self._judge(error, policy)
         finally:
             self.loading = None
         self.faults["reconciled"] += self._is_strange
@@ -220,8 +228,18 @@ class Server:
         self.held = policy.step
         self.warming_since = time.monotonic()
 
-    def _judge(self, error: Answered, directory: Path) -> NoReturn:
+    def _directories(self, policy: Policy) -> list[Path]:
+        """Where it may read a policy. Raises: Torn if exactly this one is not there any more"""
+        if not (found := self._target.directories(policy, on_disk=self._is_elsewhere)):
+            raise Torn(
+                "answer", f"policy {policy.step} is not published any more under digest {policy.digest}"
+            )
+        return found
+
+    def _judge(self, error: Answered, policy: Policy) -> NoReturn:
         """What a refused adoption means: the server lost the thread, or it cannot hold these weights."""
+        if error.status == UNSEEN and error.path == UPDATE:
+            self._note_unseen(error, policy)
         if error.status == DAMAGED and error.path == UPDATE:
             # Also what a directory answers that is being replaced while the server reads it.
             raise Torn("answer", str(error)) from None
@@ -230,8 +248,24 @@ class Server:
         self._refused += error.path == UPDATE
         if self._refused > 1:
             raise Refusal(
-                f"inference at {self.client.base_url} cannot hold {directory}: {error.sentence}"
+                f"inference at {self.client.base_url} cannot hold policy {policy.step}: {error.sentence}"
             ) from None
+        raise Torn("answer", str(error)) from None
+
+    def _note_unseen(self, error: Answered, policy: Policy) -> NoReturn:
+        """The server sees no directory of the policy. Raises: Torn; Refusal if it never will"""
+        places = self._target.places
+        if places.memory is not None and self._target.directories(policy) and not self._is_elsewhere:
+            if not places.are_all_on_disk:
+                raise Refusal(
+                    f"inference at {self.client.base_url} does not see {places.memory.weight(policy.step)}, in the "
+                    "memory of the trainer's machine: start it there, or set weights.publish_interval = 1."
+                ) from None
+            LOGGER.info(
+                "inference at %s is on another machine: it gets policies by the disk", self.client.base_url
+            )
+            self._is_elsewhere = True
+        # Or what a directory answers that is being replaced.
         raise Torn("answer", str(error)) from None
 
     async def _after(self, error: Torn) -> None:

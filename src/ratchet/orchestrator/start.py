@@ -12,7 +12,7 @@ from ratchet.chat import Chat
 from ratchet.config import RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment
-from ratchet.errors import RatchetError, Stopped
+from ratchet.errors import RatchetError, Refusal, Stopped
 from ratchet.orchestrator.client import Client
 from ratchet.orchestrator.loop import Orchestrator
 from ratchet.orchestrator.policies import Policies
@@ -20,6 +20,7 @@ from ratchet.orchestrator.pool import Pool
 from ratchet.orchestrator.routing import Rules as RoutingRules
 from ratchet.orchestrator.scheduler import EnvShare, Rules, Scheduler
 from ratchet.orchestrator.target import Target
+from ratchet.weights import Places
 
 _SLOTS_UNKNOWN = 256
 
@@ -84,6 +85,19 @@ def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
     return scheduler
 
 
+def places_of(run: Assignment) -> Places:
+    """Where this machine sees the policies of a run. Raises: Refusal if it does not see all of them"""
+    config: RLConfig = run.config
+    if run.memory is None or run.memory.root.is_dir():
+        return Places(run.paths, run.memory, are_all_on_disk=config.weights.publish_interval == 1)
+    if config.weights.publish_interval > 1:
+        raise Refusal(
+            f"The orchestrator does not see {run.memory.root}, where policies lie in the memory of the trainer's "
+            "machine: start it there, or set weights.publish_interval = 1."
+        )
+    return Places(run.paths)
+
+
 async def orchestrate(run: Assignment, base_urls: Sequence[str], *, is_own_server: bool) -> None:
     """Run one incarnation to its end. Raises: Stopped, Refusal, RatchetError, or whatever a task raised."""
     config: RLConfig = run.config
@@ -94,7 +108,7 @@ async def orchestrate(run: Assignment, base_urls: Sequence[str], *, is_own_serve
     chat = Chat.load(config.model.tokenizer or config.model.name)
     envs = {env.label: registry.build(env) for env in config.orchestrator.env}
     scheduler = build_scheduler(run, envs)
-    target, routing = Target(run.paths, is_exact=config.deterministic), routing_rules(config)
+    target, routing = Target(places_of(run), is_exact=config.deterministic), routing_rules(config)
     policies = Policies(run, rules_of(config), scheduler, target)
     wake = asyncio.Event()
     heartbeat.follow_loop()

@@ -7,17 +7,15 @@ server adopt.
 from collections.abc import Sequence
 from pathlib import Path
 
-from ratchet import weights
 from ratchet.orchestrator.calls import PauseMode, Span
-from ratchet.paths import RunPaths
-from ratchet.weights import Policy
+from ratchet.weights import Places, Policy
 
 
 class Target:
     """The policy that every server is given before it is used. In exact mode no other one's tokens count."""
 
-    def __init__(self, paths: RunPaths, *, is_exact: bool) -> None:
-        self._paths = paths
+    def __init__(self, places: Places, *, is_exact: bool) -> None:
+        self.places = places
         self._steps: dict[str, int] = {}
         self.is_exact = is_exact
         self.policy: Policy | None = None
@@ -48,13 +46,19 @@ class Target:
         published this step under another digest."""
         held = self.policy
         assert held is not None
-        there = weights.read_policy(self._paths, held.step, run_id=held.run_id, lineage=held.lineage) or held
+        there = self.places.read_policy(held.step, run_id=held.run_id, lineage=held.lineage) or held
         self._steps[str(there)] = there.step
         self.policy = there
         return there
 
-    def directory(self, policy: Policy) -> Path:
-        return self._paths.weight(policy.step)
+    def directories(self, policy: Policy, *, on_disk: bool = False) -> list[Path]:
+        """Where exactly this policy lies, the fastest way first, or only on the disk."""
+        return (Places(self.places.disk) if on_disk else self.places).directories(policy)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether exactly the target lies on the disk; one that a restarted trainer made anew may have another name."""
+        return self.policy is not None and bool(self.directories(self.reread(), on_disk=True))
 
     def step_of(self, name: str) -> int | None:
         """The step of weights of this name; None if they are not ours."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ratchet import attempts, durable, now
+from ratchet import attempts, durable, memory, now
 from ratchet.attempts import Record
 from ratchet.errors import Damaged, RatchetError
 from ratchet.metrics import Row
@@ -24,6 +24,7 @@ from ratchet.report import health, waits
 from ratchet.report.health import Limits, Warning
 from ratchet.report.tail import Tail
 from ratchet.report.waits import Facts
+from ratchet.weights import Places
 
 RECENT = 20
 
@@ -207,13 +208,14 @@ class Watcher:
     def _facts(self, record: Record, settings: dict[str, Any], state: Now | None) -> Facts:
         paths, trainer = self._paths, self._tails["trainer"].rows
         orchestrator = self._tails["orchestrator"].rows
+        places = Places(paths, memory.find_by(settings, record.run_id, record.attempt))
         staged = [path.name.rpartition("_")[2] for path in paths.staging.glob("*.trainer.*/*-checkpoint_*")]
         return Facts(
             kind=record.kind,
             max_steps=settings.get("max_steps", 0),
             trained=trainer[-1]["step"] if trainer else record.plan.step,
             logged=orchestrator[-1]["step"] if orchestrator else 0,
-            published=max(durable.steps(paths.weights), default=-1),
+            published=max(places.steps(), default=-1),
             served=state.policy if state else -1,
             max_async_level=settings.get("max_async_level", 0),
             saving=max((int(step) for step in staged if step.isdigit()), default=None),

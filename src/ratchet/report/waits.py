@@ -25,7 +25,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     logged: int = 0
     """Batches 0 .. logged-1 are published, the next one is being made."""
     published: int = -1
-    """The newest policy below weights/."""
+    """The newest policy, in memory or below weights/."""
     served: int = -1
     max_async_level: int = 1
     saving: int | None = None

@@ -165,7 +165,8 @@ class Trainer:
         return ckpt is not None and ckpt.is_due(self._step, self._config.max_steps)
 
     def _save(self) -> None:
-        self._publisher.wait()
+        """Waits for: the policies that a resume at this checkpoint needs, on the disk."""
+        self._publisher.keep(range(max(0, self._step - self._ahead), self._step + 1))
         started = time.perf_counter()
         self._checkpointer.save(self._state)
         LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
@@ -191,8 +192,13 @@ class Trainer:
             checkpoint.retain(self._assignment.stage, self._config.ckpt)
         self._prune(step)
 
+    @property
+    def _ahead(self) -> int:
+        return self._config.ahead if isinstance(self._config, RLConfig) else 0
+
     def _prune(self, step: int) -> None:
         """Drop what nobody can need once policy or checkpoint `step` is there. SFT has no server to wait for."""
+        self._publisher.prune(self._oldest_served, step, self._ahead)
         is_rl = isinstance(self._config, RLConfig)
         checkpoint.prune(
             self._assignment.stage,

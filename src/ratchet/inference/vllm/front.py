@@ -24,16 +24,19 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  #
 
 from ratchet import heartbeat, weights
 from ratchet.errors import Damaged, RatchetError, Refusal
-from ratchet.inference.adoption import UNLABELLED, OutOfSequence, UpdateSequence, architecture
+from ratchet.inference.adoption import UNLABELLED, OutOfSequence, Unseen, UpdateSequence, Wanted, architecture
 from ratchet.inference.vllm.plugin import BACKEND
 from ratchet.inference.vllm.transfer import carried
 
 MODES = ("keep", "wait", "abort")
-_KINDS: dict[str, type[Refusal]] = {"Damaged": Damaged, "OutOfSequence": OutOfSequence, "Refusal": Refusal}
+_KINDS: dict[str, type[Refusal]] = {kind.__name__: kind for kind in (Damaged, OutOfSequence, Refusal, Unseen)}
 
 
 class Interrupted(RatchetError):
     """What was waited for will not happen: the server was resumed."""
+
+
+_STATUS: dict[type[RatchetError], int] = {OutOfSequence: 409, Interrupted: 409, Unseen: 410}
 
 
 class Front:
@@ -90,7 +93,7 @@ class Front:
         try:
             return JSONResponse(await handler(self, request))
         except RatchetError as error:
-            status = 409 if isinstance(error, OutOfSequence | Interrupted) else 400
+            status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 400)
             body = {"message": str(error), "type": type(error).__name__, "code": str(status)}
             return JSONResponse({"error": body}, status)
 
@@ -171,22 +174,24 @@ class Front:
         return {"message": "Weight update started."}
 
     async def update_weights(self, request: Request) -> dict[str, Any]:
-        path = _path_of(await _body(request))
+        wanted = Wanted.parse(await _body(request))
         async with self._lock:
             self._updates.check_update(is_paused=await self._is_paused())
             if self._engine.vllm_config.weight_transfer_config is None:
                 raise Refusal(f'Start vLLM with --weight-transfer-config \'{{"backend": "{BACKEND}"}}\'.')
-            await self._load(path)
+            await self._load(wanted)
             await self._engine.update_weight_version(UNLABELLED)
             self._updates.loaded()
-        return {"message": f"Loaded {path}."}
+        return {"message": f"Loaded one of {', '.join(wanted.paths)}."}
 
-    async def _load(self, path: str) -> None:
+    async def _load(self, wanted: Wanted) -> None:
         """One whole update in vLLM's terms, so that none is ever left open there."""
         await self._engine.start_weight_update()
         self._is_loading = True
         try:
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+            paths = list(wanted.paths) if wanted.is_choice else []
+            info = {"path": wanted.paths[-1], "paths": paths, "digest": wanted.digest or ""}
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=info))
         except Exception as error:
             if (refusal := carried(str(error))) is None:
                 raise
@@ -238,11 +243,3 @@ async def _body(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refusal("The body is not a JSON object.")
     return body
-
-
-def _path_of(body: dict[str, Any]) -> str:
-    info = body.get("update_info")
-    path = info.get("path") if isinstance(info, dict) else None
-    if not isinstance(path, str) or not path:
-        raise Refusal('The body must be {"update_info": {"path": "<a published weights directory>"}}.')
-    return path

@@ -6,7 +6,6 @@ the values where its kernels read them.
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,15 @@ class Directory:
     """One update."""
 
     path: str = field(default="")
+    """The one directory that an older client names."""
+    paths: list[str] = field(default_factory=list)
+    """The directories that hold the policy, the best first."""
+    digest: str = ""
+    """Of the policy; empty if that which stands there is meant."""
+
+    @property
+    def wanted(self) -> adoption.Wanted:
+        return adoption.Wanted(tuple(self.paths or [self.path]), self.digest or None, bool(self.paths))
 
 
 class PublishedWeights(WeightTransferEngine):
@@ -64,7 +72,7 @@ class PublishedWeights(WeightTransferEngine):
             self._shape = AutoModelForCausalLM.from_config(served)
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
-        """Nothing to set up: the weights lie on a disk."""
+        """Nothing to set up: the weights lie in a directory."""
 
     def start_weight_update(self) -> None:
         """Nothing yet: the model is touched when the new weights are known to be whole."""
@@ -78,7 +86,7 @@ class PublishedWeights(WeightTransferEngine):
     @torch.no_grad()
     def receive_weights(self, update_info: Directory) -> None:
         try:
-            tensors = adoption.read(Path(update_info.path), self._architecture)
+            _, tensors = update_info.wanted.read(self._architecture)
             adoption.match(self._shape, tensors)
         except RatchetError as error:
             raise Carried(error) from None
