@@ -80,8 +80,8 @@ MODES = {
     "rl": Mode("rl", (*RL, *ASYNC, *ALONE), ANYONE, repeats=False),
     "rl_exact": Mode("rl", (*RL, "--deterministic", *KEEP, *ALONE), ANYONE),
     "rl_restarts": Mode("rl", (*RL, "--deterministic", *ASYNC), (*PROGRAMS, "nursery", "launcher")),
-    "rl_exact_2_ranks": Mode("rl", (*RL, "--deterministic", *BOTH, *TWO_RANKS, *ALONE), ANYONE),
     "rl_exact_memory": Mode("rl", (*RL, "--deterministic", *BOTH, *BY_MEMORY, *ALONE), ANYONE),
+    "rl_exact_2_ranks": Mode("rl", (*RL, "--deterministic", *BOTH, *TWO_RANKS, *ALONE), ANYONE),
     "rl_restarts_memory": Mode(
         "rl", (*RL, "--deterministic", *ASYNC, *BY_MEMORY), (*PROGRAMS, "nursery", "launcher")
     ),
