@@ -102,7 +102,7 @@ class Trainer:
             self._begun = Begun(
                 batch=batch, outcome=outcome, progress=progress, at=waited, wait_s=waited - started
             )
-            if isinstance(self._config, RLConfig) or self._is_due() or self._step == self._config.max_steps:
+            if self._reads_now():
                 self._record()
             self._publish(batch)
             self._checkpointer.poll()
@@ -125,6 +125,12 @@ class Trainer:
 
     def _factor(self, step: int) -> float:
         return schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
+
+    def _reads_now(self) -> bool:
+        """Whether what follows a step needs its figures: a policy that is published, a checkpoint. On a CPU the step
+        is over in any case."""
+        is_late = isinstance(self._config, SFTConfig) and self._world.device.type != "cpu"
+        return not is_late or self._is_due() or self._step == self._config.max_steps
 
     def _record(self) -> None:
         """Append the row of the update that was begun last, if it has none yet. It is not flushed: a checkpoint does
