@@ -50,7 +50,8 @@ async def test_a_server_on_another_machine_waits_for_the_copy_on_the_disk(here, 
 
 async def test_a_server_that_never_sees_all_policies_is_refused_with_the_remedy(here, server):
     server.unseen = "/dev/shm"
-    run = Run(settings(here / "run", weights=BY_MEMORY), server.url)
+    # Exact, so that no policy is passed over: policy 1 is in memory only.
+    run = Run(settings(here / "run", deterministic=True, weights=BY_MEMORY), server.url)
     await run.start()
     code, said = await run.wait()
     await run.close()

@@ -44,6 +44,7 @@ def check_equal(root, calm):
     assert not os.listdir(root / "staging")
 
 
+@pytest.mark.slow
 def test_by_memory_a_run_is_the_same_also_when_each_program_and_then_all_are_killed(calm, tmp_path):
     root = tmp_path / "run"
     command = ("rl", *SMALL, *MEMORY, "--output-dir", root, "--launch.max-restarts", "0")
