@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ratchet.config import ModelConfig
-from ratchet.models import attention, flash
+from ratchet.models import attention, branches, flash
 from ratchet.models.build import build
 
 MODEL = {"name": "examples/reverse_text/model", "random_init": True, "attention": "sdpa"}
@@ -96,3 +96,9 @@ def test_without_the_package_there_is_no_flash(monkeypatch):
 
 def raising_not_found(name):
     raise attention.importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize("name", attention.KERNELS)
+def test_every_kernel_leaves_prompts_shared(model, name):
+    model.set_attn_implementation(name)
+    assert branches.are_known(model)

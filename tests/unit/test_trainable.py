@@ -293,3 +293,29 @@ def test_a_save_beside_the_training_writes_the_same_bytes(world, tmp_path, save_
     assert all(
         (directory / "trainer" / n).read_bytes() == (other / "trainer" / n).read_bytes() for n in names
     )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("file", range(shards.FILES))
+def test_a_shard_that_cannot_be_opened_by_either_thread_fails_the_save(
+    world, tmp_path, monkeypatch, file, hides
+):
+    """Also where the thread that failed has left no word."""
+
+    class Unopened(durable.SealedFile):
+        def __init__(self, path):
+            if path.name.endswith(f"_{file}.distcp"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().__init__(path)
+
+    run = Run(tmp_path, world, settings())
+    run.train(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards.durable, "SealedFile", Unopened)
+        if hides:
+            patched.setattr(
+                shards._SealedShards, "error", property(lambda s: None, lambda s, e: None), raising=False
+            )
+        assert not run.save().exists()
+    durable.verify(run.save())

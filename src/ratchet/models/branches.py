@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ratchet.models import attention
+
 KNOWN = {"gemma", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
 """Model types that were tried out. Others may look at columns or the order of inputs in ways that no setting tells."""
 BranchTensors = tuple[torch.Tensor, torch.Tensor]
@@ -21,7 +23,7 @@ def are_known(model: PreTrainedModel) -> bool:
         config.model_type in KNOWN
         and not getattr(config, "sliding_window", None)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and config._attn_implementation in ("eager", "sdpa", "ratchet_flex")
+        and config._attn_implementation in {"eager", "sdpa", *attention.KERNELS}
     )
 
 

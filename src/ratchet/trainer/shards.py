@@ -48,7 +48,11 @@ class _SealedShards(FileSystem):
         # file has our hash.
         torch.serialization.set_crc32_options(False)
         with self._turn:
-            sealed = durable.SealedFile(path)
+            try:
+                sealed = durable.SealedFile(path)
+            except BaseException as error:
+                self.error = error
+                raise
             try:
                 with sealed, io.BufferedWriter(sealed, _BUFFER_BYTES) as file:
                     yield file
@@ -64,10 +68,15 @@ class _Writer(FileSystemWriter):
     fs: _SealedShards
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Raises: what a thread failed of, so that torch tells all ranks."""
+        """Raises: what a thread failed of, so that torch tells all ranks; OSError if one ended without a word."""
         written = super().write_data(plan, planner)
         if self.fs.error is not None:
             raise self.fs.error
+        done = {result.index for result in written.value()}
+        if lacking := [item.index for item in plan.items if item.index not in done]:
+            raise OSError(
+                f"{len(lacking)} of {len(plan.items)} tensors were not written, {lacking[0].fqn} first"
+            )
         return written
 
 
