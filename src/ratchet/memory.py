@@ -95,6 +95,13 @@ class Memory:
             ) from None
         return cls(root, owner)
 
+    @staticmethod
+    def sweep(config: RunConfig, run_id: str) -> None:
+        """Let go of what a dead attempt of these settings left, wherever the next one may go: the room is needed to
+        judge whether there is room."""
+        if isinstance(config, RLConfig):
+            shutil.rmtree(_own(config.weights.memory_dir, run_id), ignore_errors=True)
+
     def close(self) -> None:
         """Let go of everything: whoever still reads falls back on the disk."""
         shutil.rmtree(self._root, ignore_errors=True)

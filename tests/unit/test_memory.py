@@ -211,3 +211,25 @@ def test_the_policies_that_outlive_an_attempt_are_those_that_a_resume_needs():
     evaluated = {"orchestrator": {"eval": {"interval": 5, "at_start": False}}}
     assert outliving(**evaluated) == [0, 5, 7, 10, 14, 15, 20]
     assert outliving(weights={"transport": "memory"}) == list(range(21))
+
+
+def test_what_a_killed_attempt_left_is_gone_before_the_next_one_looks_for_room(config, tmp_path):
+    """Also where the next one goes to another directory."""
+    first = open_attempt("rl", config, dict)
+    assert below(config) != []
+    die(first.memory)
+    first.lock.release()
+    other = tmp_path / "other"
+    other.mkdir()
+    moved = config.model_copy(update={"weights": config.weights.model_copy(update={"memory_dir": other})})
+    seen = []
+
+    def look_for_room():
+        seen.append(below(config))
+        return {}
+
+    second = open_attempt("rl", moved, look_for_room)
+    assert seen == [[]]
+    assert below(moved) != []
+    second.memory.close()
+    second.lock.release()

@@ -4,6 +4,7 @@ Nothing of the run is touched before the record, which is the commit of the plan
 repeated by the next start.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ import msgspec
 from ratchet import attempts, config_io, durable, metrics, process, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
-from ratchet.errors import EXIT_OK, Refusal
+from ratchet.errors import EXIT_OK, RatchetError, Refusal
 from ratchet.memory import Memory
 from ratchet.mirror import upload as uploading
 from ratchet.mirror.restore import restore
@@ -135,6 +136,9 @@ def _open(
     memory: Memory | None = None
     try:
         stage.revoke()
+        if last is not None:
+            with contextlib.suppress(RatchetError):  # settings that cannot be read are judged below
+                Memory.sweep(attempts.read_config(paths, last), last.run_id)
         if last is not None and not last.applied:
             last = _carry_out(stage, last)
         chosen, announced = decide(kind, paths, config, last)
