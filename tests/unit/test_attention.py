@@ -102,3 +102,18 @@ def raising_not_found(name):
 def test_every_kernel_leaves_prompts_shared(model, name):
     model.set_attn_implementation(name)
     assert branches.are_known(model)
+
+
+@pytest.mark.parametrize(("length", "window"), [(40, 32), (40, 40), (40, None)])
+def test_a_short_row_that_is_longer_than_a_window_goes_to_the_kernel(length, window):
+    """torch's kernel would let it see everything before it."""
+    seen = []
+
+    def kernel(query, key, value, window, scale):
+        seen.append(window)
+        return query.transpose(1, 2)
+
+    row = torch.ones(1, 2, length, 8)
+    module = torch.nn.Module()
+    attention.attend(kernel, module, row, row, row, None, sliding_window=window)
+    assert seen == ([window] if window == 32 else [])

@@ -1,5 +1,6 @@
 """New weights while requests are in flight: verified and read completely before the model is touched."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,11 @@ class Wanted:
                 f"This machine sees none of {', '.join(self.paths)}: where inference is on another machine than the "
                 "trainer, set weights.publish_interval = 1 and share the run directory."
             )
-        directory = (there or places)[0]
-        return directory, read(directory, expected_architecture, self.digest)
+        *others, last = there or places
+        for directory in others:
+            with contextlib.suppress(Damaged):  # the next one may be sound
+                return directory, read(directory, expected_architecture, self.digest)
+        return last, read(last, expected_architecture, self.digest)
 
 
 def read(directory: Path, expected_architecture: str, digest: str | None = None) -> dict[str, torch.Tensor]:

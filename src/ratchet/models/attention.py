@@ -162,7 +162,11 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls. Rows are padded at the right: only shared ones have a mask."""
-    if attention_mask is not None or query.shape[2] < SHORTEST:
+    length = query.shape[2]
+    has_window = (
+        sliding_window is not None and length > sliding_window
+    )  # which torch's kernel would not know of
+    if attention_mask is not None or (length < SHORTEST and not has_window):
         is_causal = attention_mask is None
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module,

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from ratchet.config import TrainerConfig
+from ratchet.log import LOGGER
+from ratchet.models.attention import FLEX
 from ratchet.models.logprobs import Policy
 from ratchet.trainer.world import World
 
@@ -43,6 +45,8 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
     model.train()
     policy = Policy(model, keeps_logits=config.activation_checkpointing == "none")
     dtypes = mixed_precision(config)
+    if config.activation_checkpointing == "attention" and model.config._attn_implementation == FLEX:
+        LOGGER.warning("FlexAttention is computed again like everything else: its result cannot be kept")
     if config.compile:
         _settle_compiler()
     for layer in _layers(model):
@@ -73,8 +77,8 @@ def _keep_attention() -> Any:
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_kept = str(operation).split(".")[1] in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    name = getattr(getattr(operation, "overloadpacket", operation), "__name__", "")
+    return CheckpointPolicy.MUST_SAVE if name in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:

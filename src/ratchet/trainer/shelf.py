@@ -8,6 +8,7 @@ open or mapped, and a reader hashes what it has mapped (`tensor_file.read`).
 """
 
 import shutil
+import signal
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -27,6 +28,8 @@ class Shelf:
 
     def __init__(self, assignment: Assignment, paths: RunPaths) -> None:
         """Raises: Fenced"""
+        # Whoever opens a file in the instant in which it is asked for (`is_alone`) would end this process by it.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
         self.paths = paths
         self._assignment = assignment
         self._stage = MemoryStage.join(paths, assignment.stage)
