@@ -1,6 +1,6 @@
 """Configurations in and out: a command line with its files, the resolved file of an attempt, and what changed.
 
-Every refusal is one sentence. `config.py` has the settings themselves.
+Every refusal is one sentence. `config/` has the settings themselves.
 """
 
 import difflib

@@ -1,8 +1,6 @@
 """The trainer's loop in this process: figures that are read while the next step is computed, as on a GPU."""
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from ratchet import metrics
 from ratchet.attempts import Assignment, Plan
@@ -12,20 +10,9 @@ from ratchet.paths import RunPaths
 from ratchet.stage import Stage
 from ratchet.trainer.loop import Trainer
 from ratchet.trainer.update import Outcome
-from ratchet.trainer.world import open_world, set_determinism
 from training import MODEL
 
 DATA = "examples/reverse_text/sft.jsonl"
-
-
-@pytest.fixture(scope="module")
-def world():
-    threads = torch.get_num_threads()
-    set_determinism(1)
-    yield open_world("cpu")
-    dist.destroy_process_group()
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

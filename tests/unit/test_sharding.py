@@ -5,26 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch
-from ratchet.trainer.world import open_world, set_determinism
 from training import Run, settings
 
 LORA = {"lora": {"rank": 4, "dropout": 0.2, "target_modules": ["q_proj", "up_proj"]}}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-
-
-@pytest.fixture(scope="module")
-def world():
-    """One rank with the kernels and the one thread of a real trainer."""
-    threads = torch.get_num_threads()
-    set_determinism(1)
-    yield open_world("cpu")
-    dist.destroy_process_group()
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def close(found, expected, atol):

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,22 +21,10 @@ from ratchet.models import adapters, tensors
 from ratchet.models.build import build
 from ratchet.models.trainable import build_trainable
 from ratchet.trainer import shards
-from ratchet.trainer.world import open_world, set_determinism
 from training import Run, settings
 
 LORA = {"rank": 4, "alpha": 12, "target_modules": ["q_proj", "up_proj"]}
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def world():
-    """One rank, which talks to itself, with the kernels and the one thread of a real trainer."""
-    threads = torch.get_num_threads()
-    set_determinism(1)
-    yield open_world("cpu")
-    dist.destroy_process_group()
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def equal(found, expected):

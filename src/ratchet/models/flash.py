@@ -43,13 +43,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query_BTHD: torch.Tensor,
-    key_BTKD: torch.Tensor,
-    value_BTKD: torch.Tensor,
-    window: int | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query_BTHD: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows, length, heads, _ = query_BTHD.shape
     out_BTHD = query_BTHD.new_empty(query_BTHD.shape)
     return out_BTHD, query_BTHD.new_empty((rows, heads, length), dtype=torch.float32)
@@ -81,17 +75,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    slope_BTHD: torch.Tensor,
-    query_BTHD: torch.Tensor,
-    key_BTKD: torch.Tensor,
-    value_BTKD: torch.Tensor,
-    out_BTHD: torch.Tensor,
-    logsumexp_BHT: torch.Tensor,
-    window: int | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = (one.new_empty(one.shape) for one in (query_BTHD, key_BTKD, value_BTKD))
+def _(slope_BTHD: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = (one.new_empty(one.shape) for one in rest[:3])
     return query, key, value
 
 
