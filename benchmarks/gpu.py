@@ -135,11 +135,20 @@ def profile(function: Callable[[], object], rows: int = 22) -> None:
 # -- trainer ------------------------------------------------------------------------------------------------
 
 
-def settings(kind: str, model: Path, tokens: int, recompute: str, compiled: bool) -> SFTConfig | RLConfig:
+class Way(NamedTuple):
+    """How a row is computed: the value of `trainer.activation_checkpointing`, and the layers."""
+
+    recompute: str
+    layers: str
+    """`eager`, `compiled`, or `recorded`: compiled, and the passes a CUDA graph."""
+
+
+def settings(kind: str, model: Path, tokens: int, way: Way) -> SFTConfig | RLConfig:
     own: dict[str, Any] = {
         "micro_batch_tokens": tokens,
-        "activation_checkpointing": recompute,
-        "compile": compiled,
+        "activation_checkpointing": way.recompute,
+        "compile": way.layers != "eager",
+        "cuda_graphs": way.layers == "recorded",
         "optim": OptimConfig(lr=1e-5),
     }
     shape = {"name": str(model), "random_init": True, "attention": "sdpa"}
@@ -175,20 +184,20 @@ def pace(updater: Updater, batch: Batch, *, is_read_late: bool, repeats: int = 6
 
 
 def trainer_row(
-    kind: str, tokens: int, recompute: str, compiled: bool, root: Path, world: World, *, is_profiled: bool
-) -> None:
-    """`recompute` is a value of `trainer.activation_checkpointing`."""
-    name = f"{kind} {tokens}, recompute {recompute}, {'compiled' if compiled else 'eager'}"
+    kind: str, tokens: int, way: Way, root: Path, world: World, *, is_profiled: bool
+) -> dict[str, float] | None:
+    """Returns: the figures of an update, None where it does not fit."""
+    name = f"{kind} {tokens}, recompute {way.recompute}, {way.layers}"
     clear()
     try:
-        config = settings(kind, root / "model", tokens, recompute, compiled)
+        config = settings(kind, root / "model", tokens, way)
         updater = open_updater(build(config.model, seed=0), config, world)
         batch = batch_of(tokens)
         first, second = (updater.update(batch, 0, 0.0) for _ in range(2))
         step = pace(updater, batch, is_read_late=kind == "sft")
     except torch.OutOfMemoryError:
         say(name, "out of memory")
-        return
+        return None
     rate, mfu = tokens / step, flops_of(tokens) / step / PEAK_FLOPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     peer_rate, peer_peak = PRIME_RL[kind, tokens]
@@ -200,17 +209,31 @@ def trainer_row(
     )
     if is_profiled:
         profile(lambda: updater.update(batch, 1, 1.0))
+    return first
 
 
-def trainer(root: Path, world: World, compiled: list[bool], points: list[str], *, is_profiled: bool) -> None:
+def trainer(root: Path, world: World, layers: list[str], points: list[str], *, is_profiled: bool) -> None:
     for kind, tokens in (("sft", 8192), ("sft", 16384), ("rl", 16384), ("rl", 65536)):
         if points and f"{kind}{tokens}" not in points:
             continue
         fits = tokens < 40_000  # activations of 65 536 tokens do not, without recompute
-        for is_compiled in compiled:
-            kinds = ("none", "full") if fits else ("attention", "full")
-            for recompute in kinds[:1] if is_compiled and fits else kinds:
-                trainer_row(kind, tokens, recompute, is_compiled, root, world, is_profiled=is_profiled)
+        kinds = ("none", "full") if fits else ("attention", "full")
+        ways = {
+            "eager": [Way(kind, "eager") for kind in kinds],
+            "compiled": [Way(kind, "compiled") for kind in (kinds[:1] if fits else kinds)],
+            "recorded": [Way("none", "recorded")] if fits else [],
+        }
+        found = {
+            way: trainer_row(kind, tokens, way, root, world, is_profiled=is_profiled)
+            for wanted in layers
+            for way in ways[wanted]
+        }
+        if {Way("none", "compiled"), Way("none", "recorded")} <= found.keys():
+            is_same = found["none", "compiled"] == found["none", "recorded"]
+            say(
+                "  recorded passes give the loss and gradient norm of those that are not",
+                "yes" if is_same else "NO",
+            )
 
 
 # -- what attention allows ----------------------------------------------------------------------------------
@@ -497,6 +520,7 @@ def hf_generate(model: Any, lengths: list[int]) -> None:
 
 
 PARTS = ("attention", "trainer", "publish", "engine")
+LAYERS = ("eager", "compiled", "recorded")
 
 
 def main() -> None:
@@ -504,7 +528,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--compiled", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS, help="of the trainer's rows")
     parser.add_argument("--points", nargs="+", default=[], help="such as sft8192; by default all four")
     parser.add_argument("--profile", action="store_true", help="also say which kernels the time goes to")
     parser.add_argument("--root", type=Path, help="on the disk to measure; by default a temporary directory")
@@ -523,7 +547,6 @@ def main() -> None:
     say("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     set_determinism(8)
     world = open_world("cuda")
-    compiled = {"no": [False], "yes": [True], "both": [False, True]}[arguments.compiled]
     with tempfile.TemporaryDirectory(dir=arguments.root) as root:
         write_model(Path(root) / "model")
         if "engine" in arguments.only:
@@ -535,7 +558,7 @@ def main() -> None:
         if "attention" in arguments.only:
             attention()
         if "trainer" in arguments.only:
-            trainer(Path(root), world, compiled, arguments.points, is_profiled=arguments.profile)
+            trainer(Path(root), world, arguments.layers, arguments.points, is_profiled=arguments.profile)
 
 
 if __name__ == "__main__":

@@ -227,14 +227,16 @@ def test_an_update_that_is_not_finite_changes_nothing(world, tmp_path, kind, can
     run.train(2)
     before, steps = run.tensors(), run.updater.optimizer.steps()
     before = {name: tensor.clone() for name, tensor in before.items()}
-    right = run.updater.loss
-    run.updater.loss = lambda *given: dataclasses.replace(right(*given), loss=right(*given).loss * math.inf)
+    right = run.updater.passes.loss
+    run.updater.passes.loss = lambda *given: dataclasses.replace(
+        right(*given), loss=right(*given).loss * math.inf
+    )
     assert run.updater.optimizer.can_skip is can_skip
     with pytest.raises(PoisonBatch, match="policy 2 was not changed"):
         run.train(1)
     assert equal(run.tensors(), before) == []
     assert run.updater.optimizer.steps() == steps
-    run.updater.loss = right
+    run.updater.passes.loss = right
     through = Run(tmp_path / "through", world, settings(optim={"type": kind, "lr": 1e-2}))
     through.train(2)
     assert run.train(1) == through.train(1)

@@ -59,6 +59,9 @@ class TrainerConfig(BaseConfig):
     of its attention as well: little memory, and most of the work where rows are long. `none` keeps all, logits too."""
     compile: Announced[bool] = False
     """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
+    cuda_graphs: Announced[bool] = False
+    """Record the passes over a micro-batch of each shape as one CUDA graph, so that the host launches them by one call.
+    Micro-batches are padded to few shapes; one process, and nothing is computed again."""
     nproc: Announced[Positive] = 1
     """Trainer processes on a machine, over which the model is sharded; a GPU each, where there are GPUs."""
     nnodes: Announced[Positive] = 1
@@ -78,6 +81,11 @@ class TrainerConfig(BaseConfig):
             raise ValueError(
                 f"parallel.replicate {self.parallel.replicate} must divide the {self.ranks} processes "
                 "(nnodes x nproc)"
+            )
+        if self.cuda_graphs and (self.ranks > 1 or self.activation_checkpointing != "none"):
+            raise ValueError(
+                f"cuda_graphs needs one process (here {self.ranks}) and activation_checkpointing = 'none' (here "
+                f"{self.activation_checkpointing!r}): rows that need more are not held up by the host"
             )
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")

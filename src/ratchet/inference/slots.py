@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ratchet.inference.graphs import Graphs, padded_length
 from ratchet.inference.sampling import sample
+from ratchet.models.graphs import Graphs
 
 ATTENTION = "ratchet_slots"
 PIECE = 32
@@ -34,6 +34,8 @@ SMALLEST_SPAN = 64
 ROWS = 16
 """Rungs are multiples of it: numbers of rows at which products pick the same kernels as at all of them."""
 MAX_RUNGS = 8
+PROMPT_LENGTHS = (64, 128, 256, 512, 1024)
+"""That prompts are padded to on a GPU: one CUDA graph each, beside one for each span of the cache that a step reads."""
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -246,7 +248,7 @@ class SlotModel:
     def prefill(self, token_ids: list[int]) -> Prefilled:
         """Run over one prompt. A pure function of the weights and the prompt."""
         length = len(token_ids)
-        padded = padded_length(length, self.cache.length) if self.device.type == "cuda" else None
+        padded = _padded_length(length, self.cache.length) if self.device.type == "cuda" else None
         if padded is None:
             ids_1L = torch.tensor([token_ids], device=self.device)
             return self._run_prompt(ids_1L, torch.tensor([length - 1], device=self.device))
@@ -343,3 +345,8 @@ def _spans(smallest: int, longest: int, *, per_octave: int) -> list[int]:
         octave = 1 << (spans[-1] // smallest).bit_length() - 1
         spans.append(min(spans[-1] + smallest * max(1, octave // per_octave), longest))
     return spans
+
+
+def _padded_length(length: int, longest: int) -> int | None:
+    """The length that a prompt is padded to; None if it runs at its own."""
+    return next((padded for padded in PROMPT_LENGTHS if length <= padded <= longest), None)

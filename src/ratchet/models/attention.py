@@ -104,7 +104,7 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # more than the lengths of recorded passes, which do not keep what they read
 def _visible(length: int, window: int | None, device: torch.device) -> BlockMask:
     def is_visible(
         row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor

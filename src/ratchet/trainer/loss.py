@@ -1,6 +1,6 @@
 """The two losses, as functions of token log-probabilities. Sums: the caller divides by the step's tokens.
 
-Axes: N = trained tokens of a micro-batch.
+Axes: N = trained tokens of a micro-batch. Where `counts_N`, bool, is given, some of them only fill it up.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,19 @@ class LossSum:
     metrics: dict[str, torch.Tensor]
 
 
-def cross_entropy(logprobs_N: torch.Tensor) -> LossSum:
+def cross_entropy(logprobs_N: torch.Tensor, counts_N: torch.Tensor | None = None) -> LossSum:
     """SFT: the negative log-likelihood of the demonstration. Shapes: (N,) float32 -> ()"""
+    if counts_N is not None:
+        logprobs_N = torch.where(counts_N, logprobs_N, 0.0)
     return LossSum(-logprobs_N.sum(), {})
 
 
 def policy_gradient(
-    logprobs_N: torch.Tensor, behaviour_N: torch.Tensor, advantages_N: torch.Tensor, config: LossConfig
+    logprobs_N: torch.Tensor,
+    behaviour_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    config: LossConfig,
+    counts_N: torch.Tensor | None = None,
 ) -> LossSum:
     """RL: the clipped surrogate against the policy that sampled each token.
 
@@ -35,6 +41,10 @@ def policy_gradient(
     Shapes: (N,) float32, (N,) float32, (N,) float32 -> ()
     Source: PPO, arXiv:1707.06347; clip-higher, arXiv:2503.14476
     """
+    if counts_N is not None:
+        logprobs_N, behaviour_N, advantages_N = (
+            torch.where(counts_N, one, 0.0) for one in (logprobs_N, behaviour_N, advantages_N)
+        )
     difference_N = logprobs_N - behaviour_N
     ratio_N = difference_N.exp()
     is_kept_N = ((ratio_N >= config.mask_low) & (ratio_N <= config.mask_high)).detach()
@@ -46,7 +56,7 @@ def policy_gradient(
         metrics = {
             "policy/mismatch_kl": (ratio_N - 1 - difference_N).sum(),
             "policy/entropy": -logprobs_N.sum(),
-            "policy/ratio_mean": ratio_N.sum(),
+            "policy/ratio_mean": (ratio_N if counts_N is None else ratio_N * counts_N).sum(),
             "policy/clipped_fraction": is_clipped_N.sum().float(),
             "policy/masked_fraction": (~is_kept_N).sum().float(),
         }

@@ -41,10 +41,19 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
 
     Where nothing is gathered layer by layer, all parameters are one group: fewer calls, the same values.
     """
-    model.to(world.device)  # pyright: ignore[reportArgumentType]
-    model.train()
-    policy = Policy(model, keeps_logits=config.activation_checkpointing == "none")
+    policy = lay_out(model, config, world.device)
     dtypes = mixed_precision(config)
+    if world.size > 1:
+        for layer in _layers(model):
+            fully_shard(layer, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.is_sharded)
+    fully_shard(policy, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=False)
+    return policy
+
+
+def lay_out(model: PreTrainedModel, config: TrainerConfig, device: torch.device) -> Policy:
+    """Bring a model to its device, and checkpoint and compile its layers."""
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.train()
     if config.activation_checkpointing == "attention" and model.config._attn_implementation == FLEX:
         LOGGER.warning("FlexAttention is computed again like everything else: its result cannot be kept")
     if config.compile:
@@ -58,10 +67,7 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
         if config.activation_checkpointing == "full":
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
-        if world.size > 1:
-            fully_shard(layer, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=world.is_sharded)
-    fully_shard(policy, mesh=world.mesh, mp_policy=dtypes, reshard_after_forward=False)
-    return policy
+    return Policy(model, keeps_logits=config.activation_checkpointing == "none")
 
 
 def mixed_precision(config: TrainerConfig) -> MixedPrecisionPolicy:

@@ -1,54 +1,49 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
 from ratchet.log import LOGGER
 from ratchet.models import attention, branches
-from ratchet.models.logprobs import Policy
 from ratchet.rng import derive
 from ratchet.trainer import loss, packing
-from ratchet.trainer.loss import LossSum
 from ratchet.trainer.optim import Optimizer
-from ratchet.trainer.packing import MicroBatch
-from ratchet.trainer.sharding import shard
+from ratchet.trainer.passes import Gathered, LossFunction, Passes, Recorded
 from ratchet.trainer.source import Batch
 from ratchet.trainer.world import World
 
-LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossSum]
-
 
 def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
-    """The loss of one micro-batch from (logprobs_N, behaviour_N, advantages_N)."""
     if isinstance(config, SFTConfig):
-        return lambda logprobs_N, behaviour_N, advantages_N: loss.cross_entropy(logprobs_N)
+        return lambda logprobs_N, behaviour_N, advantages_N, counts_N: loss.cross_entropy(
+            logprobs_N, counts_N
+        )
     settings = config.trainer.loss
-    return lambda logprobs_N, behaviour_N, advantages_N: loss.policy_gradient(
-        logprobs_N, behaviour_N, advantages_N, settings
+    return lambda logprobs_N, behaviour_N, advantages_N, counts_N: loss.policy_gradient(
+        logprobs_N, behaviour_N, advantages_N, settings, counts_N
     )
 
 
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
-    """Shard a model and give it an optimizer and a loss."""
+    """Lay a model out on the ranks, and give it an optimizer and a loss."""
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     attention.choose(model, world.device, dtype)
-    policy = shard(model, config.trainer, world)
+    kind = Recorded if config.trainer.cuda_graphs else Gathered
+    passes = kind(model, config.trainer, world, choose_loss(config))
     optimizer = Optimizer(model, config.trainer.optim)
-    shares_prompts = config.trainer.share_prompts and not config.trainer.compile and branches.are_known(model)
+    few_shapes = config.trainer.compile or config.trainer.cuda_graphs
+    shares_prompts = config.trainer.share_prompts and not few_shapes and branches.are_known(model)
     if config.trainer.share_prompts and not shares_prompts:
         LOGGER.info(
-            "equal prompts are computed once for each sequence: layers are compiled, or %s is not known",
+            "equal prompts are computed once for each sequence: layers are compiled or recorded, or %s is not known",
             model.config.model_type,
         )
-    return Updater(policy, optimizer, world, config.trainer, choose_loss(config), config.seed, shares_prompts)
+    return Updater(passes, optimizer, world, config.trainer, config.seed, shares_prompts, few_shapes)
 
 
 class Outcome:
@@ -78,13 +73,13 @@ class Outcome:
 class Updater:
     """Turns policy k into policy k+1."""
 
-    policy: Policy
+    passes: Passes
     optimizer: Optimizer
     world: World
     config: TrainerConfig
-    loss: LossFunction
     seed: int
     shares_prompts: bool
+    few_shapes: bool
 
     def update(self, batch: Batch, step: int, factor: float) -> dict[str, float]:
         """`begin`, and its figures. Raises: PoisonBatch; the policy is what it was."""
@@ -102,14 +97,11 @@ class Updater:
             self.config.micro_batch_tokens,
             self.world.rank,
             self.world.size,
-            few_shapes=self.config.compile,
+            few_shapes=self.few_shapes,
             shares_prompts=self.shares_prompts,
         )
         tokens = batch.trained_tokens
-        sums = [
-            self._accumulate(part, batch.temperature, tokens, i == len(micro) - 1)
-            for i, part in enumerate(micro)
-        ]
+        sums = self.passes.run(micro, batch.temperature, tokens)
         names = list(sums[0])
         totals = torch.stack([torch.stack([part[name] for name in names]) for part in sums]).double().sum(0)
         values = torch.cat([self.world.total(totals) / tokens, self.optimizer.clip().double()[None]])
@@ -124,26 +116,3 @@ class Updater:
             raise
         self.optimizer.step(factor)
         return outcome
-
-    def _accumulate(
-        self, part: MicroBatch, temperature: float, tokens: int, is_last: bool
-    ) -> dict[str, torch.Tensor]:
-        """Add one micro-batch's gradient; gradients are reduced across the ranks with the last one."""
-        assert isinstance(self.policy, FSDPModule)
-        self.policy.set_requires_gradient_sync(is_last)
-        inputs_BT, cells_N, targets_N, behaviour_N, advantages_N = self._to_device(
-            part.inputs_BT, part.cells_N, part.targets_N, part.behaviour_N, part.advantages_N
-        )
-        shared = part.branches and self._to_device(*part.branches)
-        logprobs_N = self.policy(inputs_BT, cells_N, targets_N, temperature, shared)
-        result = self.loss(logprobs_N, behaviour_N, advantages_N)
-        # FSDP averages over the ranks; the loss is a mean over tokens, so the average is undone.
-        (result.loss * (self.world.size / tokens)).backward()
-        return {"loss": result.loss.detach(), **result.metrics}
-
-    def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """Copied without waiting for what the device is doing."""
-        tensors = tuple(torch.from_numpy(array) for array in arrays)
-        if self.world.device.type != "cuda":
-            return tensors
-        return tuple(tensor.pin_memory().to(self.world.device, non_blocking=True) for tensor in tensors)

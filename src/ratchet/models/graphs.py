@@ -1,10 +1,7 @@
-"""CUDA graphs of the slot model: a step's kernels are recorded once and then launched by one call.
+"""CUDA graphs: the kernels of a function of fixed shapes are recorded once and then launched by one call.
 
-Decode always has the same shape, so it needs one graph for each cache span; prompts are padded at the right to a few
-lengths. A graph reads its inputs from fixed places and writes its results to fixed places; the weights too stay where
-they are, because an update copies into them. Whatever cannot be recorded runs as on a CPU, said once.
-
-Axes: S slots, L tokens of a padded prompt.
+A graph reads its inputs from fixed places and writes its results to fixed places; what else it reads, weights above
+all, has to stay where it is, so an update copies into it. What cannot be recorded runs as on a CPU, said once.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -15,11 +12,10 @@ import torch
 from ratchet.log import LOGGER
 
 Recorded = tuple[torch.cuda.CUDAGraph, Any]
-PROMPT_LENGTHS = (64, 128, 256, 512, 1024)
 
 
 class Graphs:
-    """Recorded functions of fixed shape, by name."""
+    """Recorded functions by name; the memory between their inputs and results is one for all. Verbs: record, run"""
 
     def __init__(self) -> None:
         self._recorded: dict[Hashable, Recorded] = {}
@@ -35,9 +31,7 @@ class Graphs:
         device: torch.device,
     ) -> Any:
         """`function(*inputs)`; on a GPU its results are overwritten by the next call, whatever its name."""
-        if device.type != "cuda" or self._is_broken:
-            return function(*(tensor.to(device) for tensor in inputs))
-        if name not in self._recorded and not self._record(name, function, inputs, device):
+        if not self.record(name, function, inputs, device):
             return function(*(tensor.to(device) for tensor in inputs))
         for place, tensor in zip(self._inputs[name], inputs, strict=True):
             place.copy_(tensor)
@@ -45,14 +39,21 @@ class Graphs:
         graph.replay()
         return results
 
-    def _record(
+    def record(
         self,
         name: Hashable,
         function: Callable[..., Any],
         inputs: Sequence[torch.Tensor],
         device: torch.device,
     ) -> bool:
-        """Record a function after a first run, in which libraries set themselves up. False if it cannot be."""
+        """See to it that a function is recorded, which runs it once: libraries set themselves up then.
+
+        Returns: whether it is; on a CPU never.
+        """
+        if name in self._recorded:
+            return True
+        if device.type != "cuda" or self._is_broken:
+            return False
         places = [tensor.to(device).clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
@@ -70,8 +71,3 @@ class Graphs:
         self._pool = graph.pool()
         self._inputs[name], self._recorded[name] = places, (graph, results)
         return True
-
-
-def padded_length(length: int, longest: int) -> int | None:
-    """The length that a prompt is padded to; None if it runs at its own."""
-    return next((padded for padded in PROMPT_LENGTHS if length <= padded <= longest), None)
