@@ -4,7 +4,8 @@ First the reverse-text example, small, for exactness: does a stopped and resumed
 was not stopped, on this GPU? Then a random model of the shape of Qwen3-0.6B, for size and speed: SFT with a checkpoint
 in the middle and a resume, and asynchronous RL. Every figure comes from the runs' own metric rows.
 
-`--nproc 2` trains on two GPUs, by NCCL; the server shares the last of them.
+In the first part, `--nproc 2` trains on two GPUs, by NCCL, of which the server shares the last; `--recorded` makes the
+trainer's passes CUDA graphs.
 """
 
 import argparse
@@ -57,14 +58,15 @@ def say(name: str, value: object) -> None:
     sys.stdout.flush()
 
 
-def exactness(root: Path, nproc: int) -> None:
+def exactness(root: Path, nproc: int, *, is_recorded: bool) -> None:
     """Stopped and resumed against uninterrupted, by digest."""
     small = ("--model.name", TINY, "--model.random-init")
     ranks = () if nproc == 1 else ("--trainer.nproc", nproc)
-    sft = ("@", "examples/reverse_text/sft.toml", *ranks)
+    own = (*ranks, *(["--trainer.cuda-graphs"] if is_recorded else []))
+    sft = ("@", "examples/reverse_text/sft.toml", *own)
     last = () if nproc == 1 else ("--inference.devices", f'["{nproc - 1}"]')
     rl = (
-        *("@", "examples/reverse_text/rl.toml", *small, *ranks, *last, "--deterministic"),
+        *("@", "examples/reverse_text/rl.toml", *small, *own, *last, "--deterministic"),
         *("--inference.slots", "64"),
         *("--orchestrator.eval.interval", "10", "--orchestrator.eval.tasks", "64"),
     )
@@ -133,6 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--nproc", type=int, default=1, help="GPUs that train in the first part")
+    parser.add_argument("--recorded", action="store_true")
     parser.add_argument("--only", choices=("exactness", "size"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.root, ignore_errors=True)
@@ -140,7 +143,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     say("device", f"{name}, torch {torch.__version__}")
     if arguments.only != "size":
-        exactness(arguments.root, arguments.nproc)
+        exactness(arguments.root, arguments.nproc, is_recorded=arguments.recorded)
     if arguments.only != "exactness":
         size(arguments.root)
 

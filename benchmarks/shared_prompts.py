@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu import TINY, settings, write_model
+from gpu import TINY, Way, settings, write_model
 
 from ratchet.models.build import build
 from ratchet.trainer.packing import Example, micro_batches
@@ -39,7 +39,7 @@ def rollouts(vocabulary: int, prompt: int, longest: int) -> list[Example]:
 
 
 def open_one(model: Path, world: World, budget: int, *, shares: bool) -> Updater:
-    config = settings("rl", model, budget, recompute="none", compiled=False)
+    config = settings("rl", model, budget, Way("none", "eager"))
     precision = "bf16" if world.device.type == "cuda" else "fp32"
     trainer = config.trainer.model_copy(update={"share_prompts": shares, "precision": precision})
     config = config.model_copy(update={"trainer": trainer})
@@ -54,7 +54,7 @@ def timed(updater: Updater, batch: Batch) -> float:
 
 def compare(model: Path, world: World, prompt: int, longest: int, budget: int, repeats: int) -> None:
     examples = rollouts(
-        build(settings("rl", model, 1, "none", False).model, seed=0).config.vocab_size, prompt, longest
+        build(settings("rl", model, 1, Way("none", "eager")).model, seed=0).config.vocab_size, prompt, longest
     )
     batch = Batch(examples)
     cells = [
