@@ -7,7 +7,8 @@
 A program of which the launcher does not hear, because the nursery is killed at that moment, gets no leave and ends.
 The process between the two forks ends at once, which makes the launcher, a "subreaper", the parent: it waits for the
 program, the program dies with it, and how the nursery fares is of no concern to either. The nursery has one thread,
-uses no GPU and does nothing but import, so what is forked from it is as good as a fresh interpreter.
+uses no GPU and does nothing but import, so what is forked from it is as good as a fresh interpreter. Should an import
+have looked for a GPU all the same, the program becomes a fresh interpreter: no fork of that process can use one.
 """
 
 import ctypes
@@ -43,6 +44,8 @@ class Order(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Import, then answer each order with the id of a process, until the launcher is gone."""
+    # transformers asks whether there is a GPU where flash-attn is installed: let torch ask the driver's library.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with process.imports():
         for name in sys.argv[3].split(","):
             importlib.import_module(name)
@@ -101,8 +104,12 @@ def _become(order: Order, fds: Sequence[int]) -> None:
         os.dup2(output, number)
     os.environ.clear()
     os.environ.update(order.environment)
+    command = [sys.executable, "-m", order.module, *order.arguments]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        os.execv(sys.executable, command)
     sys.argv[1:] = order.arguments
-    _show([sys.executable, "-m", order.module, *order.arguments])
+    _show(command)
     runpy.run_module(order.module, run_name="__main__", alter_sys=True)
 
 

@@ -38,6 +38,7 @@ facts = {
     "line": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0")[1:],
     "path": sys.path[0],
     "has_collector": __import__("gc").isenabled(),
+    "has_asked": "asked" in sys.modules,
 }
 print(json.dumps(facts))
 while what == "wait":
@@ -111,6 +112,26 @@ def test_what_is_forked_sees_what_a_process_of_its_own_sees(place, listener, bor
     assert forked["parent"] == os.getpid()
     assert forked["port"] == listener.getsockname()[1]
     assert forked["line"] == ["-m", "told", "0", str(listener.fileno())]
+
+
+def test_after_a_look_for_a_gpu_a_program_is_a_fresh_interpreter(place, listener):
+    """As torch has it: a fork of a process that has asked CUDA for its devices cannot use them."""
+    (place / "asked.py").write_text("""
+import os, sys, types
+
+torch = types.ModuleType("torch")
+first = os.getpid()
+torch.cuda = types.SimpleNamespace(_is_in_bad_fork=lambda: os.getpid() != first)
+sys.modules["torch"] = torch
+""")
+    nursery = Nursery(Path("run"), {"trainer": "asked"}, child_environment(threads=1))
+    program = nursery.start(order(place, listener, "0"), lambda: pytest.fail("the nursery is there"))
+    assert program.wait(20) == 0
+    assert _start_alone(order(place, listener, "0", "alone")).wait(20) == 0
+    found, alone = (json.loads((place / name).read_text()) for name in ("log", "alone"))
+    assert found == alone
+    assert not found["has_asked"]
+    nursery.close()
 
 
 def test_how_a_program_ended_is_told(place, born):
