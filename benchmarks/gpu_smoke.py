@@ -4,8 +4,8 @@ First the reverse-text example, small, for exactness: does a stopped and resumed
 was not stopped, on this GPU? Then a random model of the shape of Qwen3-0.6B, for size and speed: SFT with a checkpoint
 in the middle and a resume, and asynchronous RL. Every figure comes from the runs' own metric rows.
 
-In the first part, `--nproc 2` trains on two GPUs, by NCCL, of which the server shares the last; `--recorded` makes the
-trainer's passes CUDA graphs.
+In the first part, `--nproc 2` trains on two GPUs, by NCCL, of which the server shares the last; `--recorded` trains in
+bf16 with compiled layers and recorded passes.
 """
 
 import argparse
@@ -62,7 +62,8 @@ def exactness(root: Path, nproc: int, *, is_recorded: bool) -> None:
     """Stopped and resumed against uninterrupted, by digest."""
     small = ("--model.name", TINY, "--model.random-init")
     ranks = () if nproc == 1 else ("--trainer.nproc", nproc)
-    own = (*ranks, *(["--trainer.cuda-graphs"] if is_recorded else []))
+    recorded = ("--trainer.compile", "--trainer.cuda-graphs", "--trainer.precision", "bf16")
+    own = (*ranks, *(recorded if is_recorded else ()))
     sft = ("@", "examples/reverse_text/sft.toml", *own)
     last = () if nproc == 1 else ("--inference.devices", f'["{nproc - 1}"]')
     rl = (
