@@ -1,5 +1,7 @@
 """Trainer, weight update and engine on one GPU: `python benchmarks/gpu.py`, without a network, in under ten minutes.
 
+The trainer on several: `torchrun --nproc-per-node 2 benchmarks/gpu.py --only trainer`, a sequence a step for each.
+
 Random weights of the shape of Qwen3-0.6B. Each trainer row is one sequence a step, the optimizer's update included.
 Before it is timed, each variant runs one batch twice at learning rate 0 and must give the same bits. Published rows of
 prime-rl come from one H100 with full recompute; MFU counts causal attention once and no recompute.
@@ -67,6 +69,8 @@ PRIME_RL = {  # tokens/s and GiB
 
 
 def say(name: str, value: object) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     sys.stdout.write(f"{name:68} {value}\n")
     sys.stdout.flush()
 
@@ -159,10 +163,11 @@ def settings(kind: str, model: Path, tokens: int, way: Way) -> SFTConfig | RLCon
     return RLConfig(**shared, trainer=RLTrainerConfig(**own), orchestrator=orchestrator)  # pyright: ignore
 
 
-def batch_of(tokens: int) -> Batch:
-    """One sequence: every token is trained."""
-    ids = np.random.default_rng(0).integers(2, SHAPE["vocab_size"], tokens + 1).tolist()
-    return Batch([Example(ids, [True] * len(ids), [-12.0] * len(ids), 0.5)])
+def batch_of(tokens: int, sequences: int) -> Batch:
+    """Every token is trained."""
+    chance = np.random.default_rng(0)
+    rows = [chance.integers(2, SHAPE["vocab_size"], tokens + 1).tolist() for _ in range(sequences)]
+    return Batch([Example(ids, [True] * len(ids), [-12.0] * len(ids), 0.5) for ids in rows])
 
 
 def pace(updater: Updater, batch: Batch, *, is_read_late: bool, repeats: int = 6) -> float:
@@ -192,19 +197,19 @@ def trainer_row(
     try:
         config = settings(kind, root / "model", tokens, way)
         updater = open_updater(build(config.model, seed=0), config, world)
-        batch = batch_of(tokens)
+        batch = batch_of(tokens, world.size)
         first, second = (updater.update(batch, 0, 0.0) for _ in range(2))
         step = pace(updater, batch, is_read_late=kind == "sft")
     except torch.OutOfMemoryError:
         say(name, "out of memory")
         return None
-    rate, mfu = tokens / step, flops_of(tokens) / step / PEAK_FLOPS
+    rate, mfu = world.size * tokens / step, flops_of(tokens) / step / PEAK_FLOPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     peer_rate, peer_peak = PRIME_RL[kind, tokens]
     repeats = "bits repeat" if first == second else "BITS DO NOT REPEAT"
     say(
         name,
-        f"{rate:8,.0f} tok/s ({rate / peer_rate:.2f}x prime-rl) MFU {mfu:.1%}, peak {peak:.1f} GiB "
+        f"{rate:8,.0f} tok/s ({rate / world.size / peer_rate:.2f}x prime-rl a GPU) MFU {mfu:.1%}, peak {peak:.1f} GiB "
         f"(prime-rl {peer_peak}), {repeats}",
     )
     if is_profiled:
@@ -221,7 +226,7 @@ def trainer(root: Path, world: World, layers: list[str], points: list[str], *, i
         ways = {
             "eager": [Way(kind, "eager") for kind in kinds],
             "compiled": [Way(kind, "compiled") for kind in (kinds[:1] if fits else kinds)],
-            "recorded": [Way("none", "recorded")] if fits else [],
+            "recorded": [Way("none", "recorded")] if fits and world.size == 1 else [],
         }
         found = {
             way: trainer_row(kind, tokens, way, root, world, is_profiled=is_profiled)
@@ -544,9 +549,9 @@ def main() -> None:
             write_model(Path(root) / "model")
             publish(Path(root), open_world("cpu"), arguments.memory_dir)
         return
-    say("device", f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     set_determinism(8)
     world = open_world("cuda")
+    say("device", f"{world.size} {torch.cuda.get_device_name()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=arguments.root) as root:
         write_model(Path(root) / "model")
         if "engine" in arguments.only:
