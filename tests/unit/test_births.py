@@ -14,8 +14,10 @@ import pytest
 
 from programs import wait_until
 from ratchet.errors import EXIT_STOPPED
-from ratchet.launch.births import MODULES, Nursery
-from ratchet.launch.program import _start_alone, child_environment
+from ratchet.launch import early
+from ratchet.launch.births import Nursery
+from ratchet.launch.early import MODULES, child_environment
+from ratchet.launch.program import _start_alone
 from ratchet.nursery import Order
 
 PROGRAM = """
@@ -63,6 +65,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def open_nursery(module):
+    """One that imports a module, for trainers."""
+    return Nursery(["trainer"], early.begin([module], ["run"]))
+
+
 def order(place, listener, what, log="log", **environment):
     fd = listener.fileno()
     variables = child_environment(threads=3) | environment
@@ -73,7 +80,7 @@ def order(place, listener, what, log="log", **environment):
 def born(place, listener, monkeypatch):
     """Starts programs from a nursery."""
     monkeypatch.setenv("STRANGER", "of the nursery's environment alone")
-    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
+    nursery = open_nursery("json")
     monkeypatch.delenv("STRANGER")
 
     def start(what, **environment):
@@ -135,10 +142,11 @@ def test_a_program_outlives_its_nursery_and_dies_with_its_launcher(place, listen
     code = f"""
 import time
 from pathlib import Path
+from ratchet.launch import early
 from ratchet.launch.births import Nursery
-from ratchet.launch.program import child_environment
+from ratchet.launch.early import child_environment
 from ratchet.nursery import Order
-nursery = Nursery(Path("run"), {{"trainer": "json"}}, child_environment(1))
+nursery = Nursery(["trainer"], early.begin(["json"], ["run"]))
 order = Order("told", ["wait", "{fd}"], child_environment(1), {str(place / "log")!r}, [{fd}])
 program = nursery.start(order, None)
 while program.poll() is None and not program._pid:
@@ -161,7 +169,7 @@ time.sleep(60)
 
 
 def test_without_a_nursery_programs_are_started_otherwise(place, listener):
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     wanted = order(place, listener, "wait")
     awaited = nursery.start(wanted, functools.partial(_start_alone, wanted))
     assert awaited.poll() is None
@@ -179,7 +187,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
     (place / "busy.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
     )
-    nursery = Nursery(Path("run"), {"trainer": "busy"}, child_environment(threads=1))
+    nursery = open_nursery("busy")
     wanted, otherwise = order(place, listener, "0"), []
 
     def start():
@@ -192,7 +200,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
 
 
 def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     asked, other = (
         nursery.start(order(place, listener, "wait", name), lambda: pytest.fail("the nursery is there"))
         for name in ("asked", "other")
@@ -209,7 +217,7 @@ def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
 
 def test_one_of_which_nobody_hears_does_nothing(place, listener):
     """The nursery is killed between the birth and the word of it: another program takes its place."""
-    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
+    nursery = open_nursery("json")
     wanted = order(place, listener, "0", "silent")
     gate, leave = os.pipe()
     nursery._link.setblocking(True)
@@ -226,7 +234,7 @@ def test_one_of_which_nobody_hears_does_nothing(place, listener):
 
 def test_one_that_is_killed_while_it_is_awaited_takes_the_nursery_with_it(place, listener):
     """It may have been awaited for too long, and what takes its place must not wait as well."""
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     first = nursery.start(order(place, listener, "0", "first"), lambda: pytest.fail("it was killed"))
     first.send_signal(signal.SIGKILL)
     assert first.poll() == -signal.SIGKILL
