@@ -120,6 +120,27 @@ def test_what_is_forked_sees_what_a_process_of_its_own_sees(place, listener, bor
     assert forked["line"] == ["-m", "told", "0", str(listener.fileno())]
 
 
+def test_a_launcher_that_rests_hears_of_a_birth_at_once(place, listener):
+    """By the end of this rest the test would have failed."""
+    nursery = open_nursery("json")
+    program = nursery.start(order(place, listener, "0"), lambda: pytest.fail("the nursery is there"))
+    nursery.rest(100_000)
+    log(place)
+    assert program.wait(20) == 0
+    nursery.rest(0.001)  # though nobody is awaited
+    nursery.close()
+
+
+def test_a_launcher_that_rests_hears_of_a_nursery_that_died(place, listener):
+    nursery, otherwise = open_nursery("slow"), []
+    wanted = order(place, listener, "0")
+    nursery.start(wanted, lambda: otherwise.append(_start_alone(wanted)) or otherwise[0])
+    nursery.give_up()
+    nursery.rest(100_000)
+    assert otherwise[0].wait(20) == 0
+    nursery.close()
+
+
 def test_how_a_program_ended_is_told(place, born):
     assert born("7").wait(20) == 7
     program = born("wait")

@@ -7,6 +7,7 @@ Where the nursery is not to be had, or dies, a program is started as a process o
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ class Process(Protocol):
 
 
 class Nursery:
-    """Verbs: start, close."""
+    """Verbs: start, rest, close."""
 
     def __init__(self, roles: Iterable[str], begun: Begun) -> None:
         """What has begun to import is for programs of these roles.
@@ -60,6 +61,11 @@ class Nursery:
             os.close(gate)
         self._expected.append(Birth(self, otherwise, leave))
         return self._expected[-1]
+
+    def rest(self, timeout_s: float) -> None:
+        """Wait for that long, or until a program is born: it waits for leave to begin."""
+        select.select([self._link] if self._expected else [], [], [], timeout_s)
+        self.listen()
 
     def listen(self) -> None:
         """Hear of the programs that were born since; none comes any more once the nursery is dead."""
