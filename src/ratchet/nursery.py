@@ -1,4 +1,4 @@
-"""Programs forked from one process that has imported what they need: `python -m ratchet.nursery RUN FD MODULES ROOM`.
+"""Programs forked from one process that has imported what they need: `python -m ratchet.nursery FD MODULES ...`.
 
     launcher ── what to become ──► nursery ── fork, fork ──► program, a child of the launcher
     launcher ◄──── process id ───┘                             │
@@ -47,11 +47,11 @@ def main() -> None:
     # transformers asks whether there is a GPU where flash-attn is installed: let torch ask the driver's library.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with process.imports():
-        for name in sys.argv[3].split(","):
+        for name in sys.argv[2].split(","):
             importlib.import_module(name)
     if threading.active_count() > 1:
         os._exit(EXIT_CRASH)  # the locks of another thread would stay locked in what is forked
-    link = socket.socket(fileno=int(sys.argv[2]))
+    link = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, fds, _, _ = socket.recv_fds(link, MOST_BYTES, MOST_FDS)
         if not data:

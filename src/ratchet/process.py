@@ -3,13 +3,14 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ratchet.errors import EXIT_CRASH, EXIT_SAVE_FAILED, RatchetError
 from ratchet.log import LOGGER
@@ -42,10 +43,33 @@ def imports() -> Iterator[None]:
     """
     gc.disable()
     try:
-        yield
+        with _room_for_lists():
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _room_for_lists() -> Iterator[None]:
+    """Let caches of transformers for which it states no size hold all that they are asked for.
+
+    It makes the list of its models, from 1 500 files in 500 directories, twice, because a cache of directories holds
+    128 unless told otherwise. A version that has no such cache is imported as ever.
+    """
+    lru_cache = functools.lru_cache
+
+    def roomy(maxsize: Any = 128, typed: bool = False) -> Any:
+        is_bare = callable(maxsize)
+        if is_bare and maxsize.__module__.startswith("transformers."):
+            return lru_cache(maxsize=None)(maxsize)
+        return lru_cache(maxsize, typed)
+
+    functools.lru_cache = roomy
+    try:
+        yield
+    finally:
+        functools.lru_cache = lru_cache
 
 
 @contextlib.contextmanager

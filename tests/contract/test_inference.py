@@ -35,7 +35,7 @@ from inference_server import (
 from ratchet import attempts, config_io, durable, weights
 from ratchet.attempts import Plan, Record
 from ratchet.config import RLConfig
-from ratchet.launch.program import child_environment
+from ratchet.launch.early import child_environment
 from ratchet.launch.run import listen
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage

@@ -14,8 +14,10 @@ import pytest
 
 from programs import wait_until
 from ratchet.errors import EXIT_STOPPED
-from ratchet.launch.births import MODULES, Nursery
-from ratchet.launch.program import _start_alone, child_environment
+from ratchet.launch import early
+from ratchet.launch.births import Nursery
+from ratchet.launch.early import MODULES, child_environment
+from ratchet.launch.program import _start_alone
 from ratchet.nursery import Order
 
 PROGRAM = """
@@ -64,6 +66,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def open_nursery(module):
+    """One that imports a module, for trainers."""
+    return Nursery(["trainer"], early.begin([module], ["run"]))
+
+
 def order(place, listener, what, log="log", **environment):
     fd = listener.fileno()
     variables = child_environment(threads=3) | environment
@@ -74,7 +81,7 @@ def order(place, listener, what, log="log", **environment):
 def born(place, listener, monkeypatch):
     """Starts programs from a nursery."""
     monkeypatch.setenv("STRANGER", "of the nursery's environment alone")
-    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
+    nursery = open_nursery("json")
     monkeypatch.delenv("STRANGER")
 
     def start(what, **environment):
@@ -124,13 +131,34 @@ first = os.getpid()
 torch.cuda = types.SimpleNamespace(_is_in_bad_fork=lambda: os.getpid() != first)
 sys.modules["torch"] = torch
 """)
-    nursery = Nursery(Path("run"), {"trainer": "asked"}, child_environment(threads=1))
+    nursery = open_nursery("asked")
     program = nursery.start(order(place, listener, "0"), lambda: pytest.fail("the nursery is there"))
     assert program.wait(20) == 0
     assert _start_alone(order(place, listener, "0", "alone")).wait(20) == 0
     found, alone = (json.loads((place / name).read_text()) for name in ("log", "alone"))
     assert found == alone
     assert not found["has_asked"]
+    nursery.close()
+
+
+def test_a_launcher_that_rests_hears_of_a_birth_at_once(place, listener):
+    """By the end of this rest the test would have failed."""
+    nursery = open_nursery("json")
+    program = nursery.start(order(place, listener, "0"), lambda: pytest.fail("the nursery is there"))
+    nursery.rest(100_000)
+    log(place)
+    assert program.wait(20) == 0
+    nursery.rest(0.001)  # though nobody is awaited
+    nursery.close()
+
+
+def test_a_launcher_that_rests_hears_of_a_nursery_that_died(place, listener):
+    nursery, otherwise = open_nursery("slow"), []
+    wanted = order(place, listener, "0")
+    nursery.start(wanted, lambda: otherwise.append(_start_alone(wanted)) or otherwise[0])
+    nursery.give_up()
+    nursery.rest(100_000)
+    assert otherwise[0].wait(20) == 0
     nursery.close()
 
 
@@ -156,10 +184,11 @@ def test_a_program_outlives_its_nursery_and_dies_with_its_launcher(place, listen
     code = f"""
 import time
 from pathlib import Path
+from ratchet.launch import early
 from ratchet.launch.births import Nursery
-from ratchet.launch.program import child_environment
+from ratchet.launch.early import child_environment
 from ratchet.nursery import Order
-nursery = Nursery(Path("run"), {{"trainer": "json"}}, child_environment(1))
+nursery = Nursery(["trainer"], early.begin(["json"], ["run"]))
 order = Order("told", ["wait", "{fd}"], child_environment(1), {str(place / "log")!r}, [{fd}])
 program = nursery.start(order, None)
 while program.poll() is None and not program._pid:
@@ -182,7 +211,7 @@ time.sleep(60)
 
 
 def test_without_a_nursery_programs_are_started_otherwise(place, listener):
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     wanted = order(place, listener, "wait")
     awaited = nursery.start(wanted, functools.partial(_start_alone, wanted))
     assert awaited.poll() is None
@@ -200,7 +229,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
     (place / "busy.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
     )
-    nursery = Nursery(Path("run"), {"trainer": "busy"}, child_environment(threads=1))
+    nursery = open_nursery("busy")
     wanted, otherwise = order(place, listener, "0"), []
 
     def start():
@@ -213,7 +242,7 @@ def test_a_nursery_whose_imports_left_a_thread_forks_nothing(place, listener):
 
 
 def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     asked, other = (
         nursery.start(order(place, listener, "wait", name), lambda: pytest.fail("the nursery is there"))
         for name in ("asked", "other")
@@ -230,7 +259,7 @@ def test_what_is_asked_to_end_before_it_was_born_never_runs(place, listener):
 
 def test_one_of_which_nobody_hears_does_nothing(place, listener):
     """The nursery is killed between the birth and the word of it: another program takes its place."""
-    nursery = Nursery(Path("run"), {"trainer": "json"}, child_environment(threads=1))
+    nursery = open_nursery("json")
     wanted = order(place, listener, "0", "silent")
     gate, leave = os.pipe()
     nursery._link.setblocking(True)
@@ -247,7 +276,7 @@ def test_one_of_which_nobody_hears_does_nothing(place, listener):
 
 def test_one_that_is_killed_while_it_is_awaited_takes_the_nursery_with_it(place, listener):
     """It may have been awaited for too long, and what takes its place must not wait as well."""
-    nursery = Nursery(Path("run"), {"trainer": "slow"}, child_environment(threads=1))
+    nursery = open_nursery("slow")
     first = nursery.start(order(place, listener, "0", "first"), lambda: pytest.fail("it was killed"))
     first.send_signal(signal.SIGKILL)
     assert first.poll() == -signal.SIGKILL

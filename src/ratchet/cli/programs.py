@@ -4,6 +4,7 @@ Heavy imports wait until a command needs them: a refusal is said in well under a
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -11,6 +12,7 @@ from ratchet import log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
+from ratchet.launch.early import Begun
 from ratchet.launch.join import join_orchestrator
 from ratchet.launch.nodes import join_trainer
 from ratchet.launch.opening import Fingerprints
@@ -29,19 +31,39 @@ def _parse(cls: type[C], role: str) -> C:
     return config
 
 
-def sft() -> NoReturn:
+def _run(main: Callable[[Begun | None], int], begun: Begun | None) -> NoReturn:
+    """Run a command to its exit code; however it ends, the nursery that had begun for it does not outlive it."""
+
+    def whole() -> int:
+        try:
+            return main(begun)
+        finally:
+            _end(begun)
+
+    process.run(whole)
+
+
+def _end(begun: Begun | None) -> None:
+    """Where no program of ours is started by this process, a nursery is of no use."""
+    if begun is not None:
+        begun.close()
+
+
+def sft(begun: Begun | None = None) -> NoReturn:
     """Supervised fine-tuning."""
-    process.run(_sft)
+    _run(_sft, begun)
 
 
-def _sft() -> int:
+def _sft(begun: Begun | None) -> int:
     config = _parse(SFTConfig, "sft")
     if config.trainer.node_rank > 0:
+        _end(begun)
         return join_trainer(config, config.trainer)
     if config.slurm is not None:
+        _end(begun)
         check_sft(config)
         return submit("sft", config, config.slurm)
-    return run("sft", config, ("trainer",), lambda: check_sft(config))
+    return run("sft", config, ("trainer",), lambda: check_sft(config), begun)
 
 
 def check_sft(config: SFTConfig) -> Fingerprints:
@@ -55,20 +77,22 @@ def check_sft(config: SFTConfig) -> Fingerprints:
     return {"model": model, "data": data}
 
 
-def rl() -> NoReturn:
+def rl(begun: Begun | None = None) -> NoReturn:
     """Asynchronous RL: the trainer, the orchestrator and, given an [inference] section, inference."""
-    process.run(_rl)
+    _run(_rl, begun)
 
 
-def _rl() -> int:
+def _rl(begun: Begun | None) -> int:
     config = _parse(RLConfig, "rl")
     if config.trainer.node_rank > 0:
+        _end(begun)
         return join_trainer(config, config.trainer)
     if config.slurm is not None:
+        _end(begun)
         check_rl(config, is_alone=True)
         return submit("rl", config, config.slurm)
     roles = ("inference", "orchestrator", "trainer")
-    return run("rl", config, roles, lambda: check_rl(config))
+    return run("rl", config, roles, lambda: check_rl(config), begun)
 
 
 def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
@@ -91,26 +115,28 @@ def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
     return found
 
 
-def trainer() -> NoReturn:
+def trainer(begun: Begun | None = None) -> NoReturn:
     """The trainer of an RL run alone: it opens the attempt, other machines join it.
 
     `trainer --replay RUN` trains a finished or stopped run again from its batches, and compares.
     """
-    process.run(_replay if sys.argv[1:2] == ["--replay"] else _trainer)
+    _run(_replay if sys.argv[1:2] == ["--replay"] else _trainer, begun)
 
 
-def _replay() -> int:
+def _replay(begun: Begun | None) -> int:
+    _end(begun)
     log.setup("trainer")
     if len(sys.argv) != 3:
         raise Refusal("Usage: trainer --replay RUN, with the directory of a run.")
     return replay(Path(sys.argv[2]))
 
 
-def _trainer() -> int:
+def _trainer(begun: Begun | None) -> int:
     config = _parse(RLConfig, "trainer").model_copy(update={"slurm": None})
     if config.trainer.node_rank > 0:
+        _end(begun)
         return join_trainer(config, config.trainer)
-    return run("rl", config, ("trainer",), lambda: check_trainer(config))
+    return run("rl", config, ("trainer",), lambda: check_trainer(config), begun)
 
 
 def check_trainer(config: RLConfig) -> Fingerprints:

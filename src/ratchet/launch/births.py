@@ -7,27 +7,23 @@ Where the nursery is not to be had, or dies, a program is started as a process o
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
 
 from ratchet.errors import EXIT_STOPPED
+from ratchet.launch.early import Begun
 from ratchet.nursery import Order
 
-MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
-"""What a program of each role imports, of those that need torch."""
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.005
-_ROOM = 1024
-"""Bytes for the command lines of what is forked, besides the path of the interpreter."""
 
 
 class Process(Protocol):
@@ -39,34 +35,18 @@ class Process(Protocol):
 
 
 class Nursery:
-    """Verbs: start, close."""
+    """Verbs: start, rest, close."""
 
-    def __init__(self, run: Path, modules: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        """What to import for each role of a run. Raises: OSError where this process cannot adopt what is forked"""
-        self.roles = frozenset(modules)
+    def __init__(self, roles: Iterable[str], begun: Begun) -> None:
+        """What has begun to import is for programs of these roles.
+
+        Raises: OSError where this process cannot adopt what is forked
+        """
+        self.roles = frozenset(roles)
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
         self._expected: deque[Birth] = deque()
-        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            fd = str(theirs.fileno())
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "ratchet.nursery",
-                    str(run),
-                    fd,
-                    ",".join(modules.values()),
-                    "-" * _ROOM,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+        self._process, self._link = begun.process, begun.link
         self._link.setblocking(False)
 
     def start(self, order: Order, otherwise: Callable[[], Process]) -> Process:
@@ -81,6 +61,11 @@ class Nursery:
             os.close(gate)
         self._expected.append(Birth(self, otherwise, leave))
         return self._expected[-1]
+
+    def rest(self, timeout_s: float) -> None:
+        """Wait for that long, or until a program is born: it waits for leave to begin."""
+        select.select([self._link] if self._expected else [], [], [], timeout_s)
+        self.listen()
 
     def listen(self) -> None:
         """Hear of the programs that were born since; none comes any more once the nursery is dead."""

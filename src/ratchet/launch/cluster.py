@@ -27,8 +27,8 @@ from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Fenced, Refusal
 from ratchet.launch import restarts
+from ratchet.launch.early import child_environment
 from ratchet.launch.join import newest, take_over
-from ratchet.launch.program import child_environment
 from ratchet.launch.run import listen
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths

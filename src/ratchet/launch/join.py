@@ -11,7 +11,7 @@ from ratchet import attempts
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Damaged, Refusal
-from ratchet.launch.program import child_environment
+from ratchet.launch.early import child_environment
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage

@@ -22,6 +22,7 @@ from ratchet import heartbeat
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch import notes
 from ratchet.launch.births import Nursery, Process
+from ratchet.launch.early import child_environment
 from ratchet.launch.restarts import Pulse
 from ratchet.nursery import Order
 
@@ -173,13 +174,6 @@ def _cause(failed: list[int]) -> int:
     """Of several exit codes the telling one: a rank whose sibling is gone ends in a crash of its own."""
     told = [code for code in failed if code > EXIT_CRASH]
     return max(told) if told else min(failed)
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """Fixed thread counts, and who the parent is (see `process.die_with_parent`)."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    fixed = {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **fixed, "RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
 
 
 def rank_environment(rank: int, ranks: Ranks, workshop: Path) -> dict[str, str]:

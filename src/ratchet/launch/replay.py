@@ -8,7 +8,8 @@ from pathlib import Path
 from ratchet import attempts
 from ratchet.config import TrainerConfig
 from ratchet.errors import Refusal
-from ratchet.launch.program import Ranks, child_environment, rank_environment
+from ratchet.launch.early import child_environment
+from ratchet.launch.program import Ranks, rank_environment
 from ratchet.paths import RunPaths
 
 

@@ -15,12 +15,12 @@ from ratchet import config_io, durable, metrics
 from ratchet.attempts import Outcome
 from ratchet.config import InferenceConfig, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
-from ratchet.launch import births, devices
+from ratchet.launch import devices, early
 from ratchet.launch.births import Nursery
+from ratchet.launch.early import Begun
 from ratchet.launch.nodes import ranks_of
 from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
 from ratchet.launch.preflight import disk_warning
-from ratchet.launch.program import child_environment
 from ratchet.launch.supervisor import Supervisor
 from ratchet.launch.tracking import Tracking
 from ratchet.report import page, rollouts
@@ -36,10 +36,16 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def run(kind: str, config: RunConfig, roles: tuple[str, ...], check: Callable[[], Fingerprints]) -> int:
-    """Run one attempt of `sft` or `rl` to its exit code."""
+def run(
+    kind: str,
+    config: RunConfig,
+    roles: tuple[str, ...],
+    check: Callable[[], Fingerprints],
+    begun: Begun | None = None,
+) -> int:
+    """Run one attempt of `sft` or `rl` to its exit code, with the nursery that has begun, or one that begins now."""
     with contextlib.ExitStack() as held:
-        nursery = _open_nursery(config, roles, held)  # it imports while the run is opened
+        nursery = _open_nursery(config, roles, held, begun)  # it imports while the run is opened
         opened = open_attempt(kind, config, check)
         if isinstance(opened, Attempt):
             return _carry_out(opened, roles, nursery)
@@ -116,14 +122,17 @@ def _greet(console: Console, opened: Attempt) -> None:
         console.say(f"Warning: {warning}")
 
 
-def _open_nursery(config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack) -> Nursery | None:
+def _open_nursery(
+    config: RunConfig, roles: tuple[str, ...], held: contextlib.ExitStack, begun: Begun | None
+) -> Nursery | None:
     """For the trainer and our own servers; vLLM's are programs of another kind."""
-    own = [role for role in roles if role in births.MODULES]
+    own = [role for role in roles if role in early.MODULES]
     if not isinstance(config, RLConfig) or config.inference is None or config.inference.engine == "vllm":
         own = ["trainer"]
     try:
-        modules = {role: births.MODULES[role] for role in own}
-        nursery = Nursery(config.output_dir, modules, child_environment(threads=1))
+        begun = begun or early.begin([early.MODULES[role] for role in own], [str(config.output_dir)])
+        held.callback(begun.close)
+        nursery = Nursery(own, begun)
     except OSError:
         return None
     held.callback(nursery.close)

@@ -129,6 +129,12 @@ class Supervisor:
                 return verdict
             if not asked:
                 self._start_due()
+            self._rest()
+
+    def _rest(self) -> None:
+        if self.nursery is not None:
+            self.nursery.rest(POLL_S)
+        else:
             time.sleep(POLL_S)
 
     def _judge(self, asked: bool) -> tuple[int, str] | None:

@@ -9,8 +9,8 @@ import sys
 from typing import IO
 
 from ratchet import attempts
+from ratchet.launch.early import child_environment
 from ratchet.launch.opening import Attempt
-from ratchet.launch.program import child_environment
 
 GRACE_S = 5.0
 

@@ -1,0 +1,69 @@
+"""What surrounds the heavy imports of a program."""
+
+import functools
+import subprocess
+import sys
+
+from ratchet import process
+
+
+def double(number):
+    return 2 * number
+
+
+def of(module):
+    """A function that says that it is of a module."""
+    copied = functools.partial(double)
+    copied.__module__ = module
+    return copied
+
+
+def size(cached):
+    return cached.cache_info().maxsize
+
+
+def test_caches_of_transformers_without_a_size_hold_everything_while_it_is_imported():
+    with process.imports():
+        bare = functools.lru_cache(of("transformers.utils"))
+        assert bare(3) == bare(3) == 6
+        assert bare.cache_info()[:3] == (1, 1, None)
+        assert size(functools.lru_cache(maxsize=2)(of("transformers.utils"))) == 2
+        assert size(functools.lru_cache(2)(of("transformers.utils"))) == 2
+        assert size(functools.lru_cache()(of("transformers.utils"))) == 128
+        assert size(functools.lru_cache(of("torch.utils"))) == 128
+        late = functools.lru_cache
+    assert size(functools.lru_cache(of("transformers.utils"))) == 128
+    typed = late(None, typed=True)(of("torch.utils"))
+    assert (typed(1), typed(1.0)) == (2, 2)
+    assert typed.cache_info().misses == 2
+
+
+def test_an_import_that_fails_leaves_caches_and_collector_as_they_were():
+    code = """
+import functools, gc
+from ratchet import process
+before = functools.lru_cache
+try:
+    with process.imports():
+        assert not gc.isenabled()
+        raise ImportError
+except ImportError:
+    assert gc.isenabled()
+    assert functools.lru_cache is before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_files_of_transformers_models_are_read_once():
+    code = """
+import sys
+from ratchet import process
+read = []
+sys.addaudithook(lambda event, its: event == "open" and str(its[0]).endswith("/modeling_qwen3.py") and read.append(its))
+with process.imports():
+    import transformers.models
+assert len(read) == 1, len(read)
+assert "Qwen3ForCausalLM" in dir(transformers)
+assert transformers.models.qwen3.Qwen3Config().model_type == "qwen3"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
