@@ -1,8 +1,11 @@
 """What surrounds the heavy imports of a program."""
 
 import functools
+import gc
 import subprocess
 import sys
+
+import pytest
 
 from ratchet import process
 
@@ -22,7 +25,15 @@ def size(cached):
     return cached.cache_info().maxsize
 
 
-def test_caches_of_transformers_without_a_size_hold_everything_while_it_is_imported():
+@pytest.fixture
+def thawed():
+    """What this process's imports have kept from the collector is given back to it: hypothesis asks it who refers to
+    whom."""
+    yield
+    gc.unfreeze()
+
+
+def test_caches_of_transformers_without_a_size_hold_everything_while_it_is_imported(thawed):
     with process.imports():
         bare = functools.lru_cache(of("transformers.utils"))
         assert bare(3) == bare(3) == 6
