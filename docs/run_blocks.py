@@ -100,6 +100,7 @@ def pages(names: list[str]) -> Iterator[Path]:
 
 def main() -> None:
     marked = [(found, page.name) for page in pages(sys.argv[1:]) if (found := blocks(page.read_text()))]
+    marked.sort(key=lambda page: -len(page[0]))  # the longest first, so that both jobs end together
     with ThreadPoolExecutor(JOBS) as pool:
         results = list(pool.map(lambda page: run(*page), marked))
     sys.stdout.write(f"{sum(results)} passed, {len(results) - sum(results)} failed\n")
