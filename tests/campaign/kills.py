@@ -108,6 +108,7 @@ class Campaign:
             self.counts, self.notes = Counter(saved["counts"]), saved["notes"]
             self.finished = set(saved["finished"])
         self._begun = set(self.finished)
+        self._promised: dict[int, int] = {}
         self._lock = threading.Lock()
         self._calm = {name: threading.Lock() for name in modes}
 
@@ -115,12 +116,16 @@ class Campaign:
     def kills(self) -> int:
         return sum(n for name, n in self.counts.items() if name.startswith("kill/"))
 
-    def next(self) -> int:
-        """The number of a scenario that nobody has begun."""
+    def next(self, target: int, most: int) -> tuple[int, int] | None:
+        """The number of a scenario that nobody has begun, and its kills; None if those under way may be enough."""
         with self._lock:
+            kills = min(most, target - self.kills - sum(self._promised.values()))
+            if kills <= 0:
+                return None
             number = next(n for n in range(len(self._begun) + 1) if n not in self._begun)
             self._begun.add(number)
-            return number
+            self._promised[number] = kills
+            return number, kills
 
     def add(self, number: int, counts: Counter[str], notes: list[str]) -> None:
         """Keep what a scenario has shown."""
@@ -128,6 +133,7 @@ class Campaign:
             self.counts += counts
             self.notes += notes
             self.finished.add(number)
+            del self._promised[number]
             saved = {"counts": dict(sorted(self.counts.items())), "notes": self.notes}
             self._file.write_text(json.dumps(saved | {"finished": sorted(self.finished)}, indent=1))
             sys.stdout.write(f"{self.kills} kills, {len(self.notes)} problems\n")
@@ -364,9 +370,9 @@ def main() -> int:
     assert (BIN / "rl").exists(), "run it with `uv run python`"
 
     def play() -> None:
-        while (missing := arguments.kills - campaign.kills) > 0:
-            trial = Trial(campaign, campaign.next())
-            trial.play(min(arguments.kills_per_run, missing))
+        while (found := campaign.next(arguments.kills, arguments.kills_per_run)) is not None:
+            trial = Trial(campaign, found[0])
+            trial.play(found[1])
             campaign.add(trial.number, trial.counts, trial.notes)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:

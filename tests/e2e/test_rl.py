@@ -119,7 +119,7 @@ def test_ten_kills_of_the_whole_run_and_the_same_command_each_time(tmp_path):
     assert "0 skipped, 0 duplicated\nclean" in run("ckpt", "audit", root)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
     """A standing server on a free port, with a model of its own random weights."""
     process = start(
@@ -144,21 +144,21 @@ def server():
 def test_the_documented_commands_continue_exactly_on_a_standing_server(server, tmp_path):
     base = (*SPLIT, *SMALL, "--orchestrator.client.base-url", server)
     # Another run leaves its policy on the server first.
-    run("rl", *base, "--output-dir", tmp_path / "other", "--max-steps", "3", "--seed", "9")
+    run("rl", *base, "--output-dir", tmp_path / "other", "--max-steps", "2", "--seed", "9")
     root, whole = tmp_path / "run", tmp_path / "whole"
-    run("rl", *base, "--output-dir", root, "--max-steps", "10", "--ckpt")
-    run("rl", *base, "--output-dir", tmp_path / "other2", "--max-steps", "12", "--seed", "9")
-    said = run("rl", *base, "--output-dir", root, "--max-steps", "20", "--ckpt.resume-step", "10")
-    assert "Resuming at step 10" in said
-    run("rl", *base, "--output-dir", whole, "--max-steps", "20", "--ckpt.interval", "10")
+    run("rl", *base, "--output-dir", root, "--max-steps", "5", "--ckpt")
+    run("rl", *base, "--output-dir", tmp_path / "other2", "--max-steps", "7", "--seed", "9")
+    said = run("rl", *base, "--output-dir", root, "--max-steps", "10", "--ckpt.resume-step", "5")
+    assert "Resuming at step 5" in said
+    run("rl", *base, "--output-dir", whole, "--max-steps", "10", "--ckpt.interval", "5")
     paths = RunPaths(root)
-    batches = [batchlog.read(paths, k)[0] for k in range(20)]
+    batches = [batchlog.read(paths, k)[0] for k in range(10)]
     draws = [draw for samples in batches for draw in {s.draw for s in samples}]
-    assert len(draws) == len(set(draws)) == 20 * 4
-    # The first batch after the resume was sampled by policy 10 of this run and by nothing else.
-    assert {span.step for s in batches[10] for span in s.versions} == {10}
+    assert len(draws) == len(set(draws)) == 10 * 4
+    # The first batch after the resume was sampled by policy 5 of this run and by nothing else.
+    assert {span.step for s in batches[5] for span in s.versions} == {5}
     trainer, orchestrator = rows(root), rows(root, "orchestrator")
-    assert [row["step"] for row in trainer] == [row["step"] for row in orchestrator] == list(range(1, 21))
+    assert [row["step"] for row in trainer] == [row["step"] for row in orchestrator] == list(range(1, 11))
     total = 0
     for k, (row, other) in enumerate(zip(trainer, orchestrator, strict=True)):
         total += sum(len(s.token_ids) for s in batches[k])

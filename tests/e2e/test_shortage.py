@@ -143,11 +143,11 @@ def test_a_policy_that_cannot_be_published_ends_the_run_although_no_batch_comes(
             "--inference.slots",
             "16",
             "--max-steps",
-            "40",
+            "20",
             "--launch.max-restarts",
             "0",
         ),
-        *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4", "--ckpt.interval", "30"),
+        *("--orchestrator.batch-size", "16", "--orchestrator.group-size", "4", "--ckpt.interval", "15"),
         *("--orchestrator.sampling.max-tokens", "6", "--output-dir", tmp_path),
     )
     process = start("rl", *command)
@@ -157,6 +157,6 @@ def test_a_policy_that_cannot_be_published_ends_the_run_although_no_batch_comes(
     assert process.returncode == 74, output
     assert "make room" in output
     assert not processes_of(tmp_path)
-    assert last_step(tmp_path) < 30
+    assert last_step(tmp_path) < 15
     run("rl", *command)
-    assert last_step(tmp_path) == 40
+    assert last_step(tmp_path) == 20

@@ -1,15 +1,17 @@
 """The follower of the metric files: no gap and no double point, whatever dies and wherever the run goes back to."""
 
+import io
 import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ratchet import metrics
 from ratchet.errors import Fenced
 from ratchet.paths import RunPaths
 from ratchet.report.tracker.follow import Follower
-from ratchet.report.tracker.tensorboard import TensorboardSink
+from ratchet.report.tracker.tensorboard import TensorboardSink, record
 from ratchet.stage import Stage
 
 
@@ -52,6 +54,13 @@ def curve(stage, tag="trainer/loss"):
     events = EventAccumulator(str(place(stage)), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 9])
+def test_a_record_has_the_bytes_of_tensorboards_own_writer(data):
+    file = io.BytesIO()
+    RecordWriter(file).write(data)
+    assert record(data) == file.getvalue()
 
 
 def test_rows_are_copied_as_they_come(stage, follower):

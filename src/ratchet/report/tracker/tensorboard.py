@@ -1,15 +1,15 @@
-"""TensorBoard event files, by TensorBoard's own writer of records; torch is not needed.
+"""TensorBoard event files, of TensorBoard's own messages; torch is not needed.
 
 Every beginning is a file of its own, headed by a session mark with the first step to come: a reader then forgets what
 older files say of that step and later ones.
 """
 
+import struct
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ratchet.metrics import Row
 from ratchet.stage import Stage
@@ -20,6 +20,7 @@ SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessI
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 _PREFIX = "events.out.tfevents."
+_CASTAGNOLI = 0x82F63B78
 
 
 class TensorboardSink:
@@ -56,7 +57,7 @@ class TensorboardSink:
 
     def _add(self, event: Any) -> None:
         assert self._file is not None
-        RecordWriter(self._file).write(event.SerializeToString())
+        self._file.write(record(event.SerializeToString()))
 
     def flush(self) -> None:
         if self._file is not None:
@@ -71,3 +72,30 @@ class TensorboardSink:
 def _tag(role: str, name: str) -> str:
     """Two programs use the same words: `trainer/perf/tokens_per_s`; evaluations have names of their own."""
     return name if role == "evals" and name.startswith("eval/") else f"{role}/{name}"
+
+
+def record(data: bytes) -> bytes:
+    """An entry of a TFRecord file: length, its checksum, the bytes, theirs.
+
+    TensorBoard's writer of them brings numpy and boto3 along, most of the time that a tracker needs to start.
+    """
+    header = struct.pack("<Q", len(data))
+    return b"".join((header, _checksum(header), data, _checksum(data)))
+
+
+def _checksum(data: bytes) -> bytes:
+    """CRC-32C, rotated and shifted, since a file may hold checksums of what holds checksums."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _shifted(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (_CASTAGNOLI if byte & 1 else 0)
+    return byte
+
+
+_TABLE = [_shifted(byte) for byte in range(256)]
