@@ -68,3 +68,28 @@ def test_a_group_of_equal_rewards_teaches_nothing():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     policy_gradient(logprobs, torch.tensor([-1.1, -2.2]), torch.zeros(2), LossConfig()).loss.backward()
     assert logprobs.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("filler", [(-30.0, 0.0, 0.0), (0.0, -30.0, 5.0), (-1.0, -1.0, 1.0)])
+def test_what_only_fills_up_counts_nowhere(filler):
+    """Filler whose ratio would be masked, clipped, or one."""
+    given = torch.tensor([[-1.2, -1.0, 0.5], [-0.5, -1.5, -1.0], [-2.0, -0.1, 1.0], [-6.0, -1.0, 1.0]])
+    filled = torch.cat([given, torch.tensor([filler]).repeat(3, 1)])
+    counts = torch.arange(len(filled)) < len(given)
+    found = []
+    for rows, which in ((given, None), (filled, counts)):
+        for loss in (
+            lambda *columns: cross_entropy(columns[0], columns[3]),
+            lambda *columns: policy_gradient(*columns[:3], LossConfig(), columns[3]),
+        ):
+            logprobs = rows[:, 0].clone().requires_grad_()
+            result = loss(logprobs, rows[:, 1], rows[:, 2], which)
+            result.loss.backward()
+            assert logprobs.grad is not None
+            assert (logprobs.grad[len(given) :] == 0).all()
+            figures = {name: value.item() for name, value in result.metrics.items()}
+            found.append((result.loss.item(), logprobs.grad[: len(given)].tolist(), figures))
+    for plain, other in ((found[0], found[2]), (found[1], found[3])):
+        assert other[0] == pytest.approx(plain[0])
+        assert other[1] == pytest.approx(plain[1])
+        assert other[2] == pytest.approx(plain[2])

@@ -20,7 +20,8 @@ from ratchet.errors import PoisonBatch, Refusal
 from ratchet.models import adapters, tensors
 from ratchet.models.build import build
 from ratchet.models.trainable import build_trainable
-from ratchet.trainer import shards
+from ratchet.trainer import shards, update
+from ratchet.trainer.update import choose_loss
 from training import Run, settings
 
 LORA = {"rank": 4, "alpha": 12, "target_modules": ["q_proj", "up_proj"]}
@@ -221,23 +222,37 @@ def test_settings_that_make_no_sense_are_refused_where_they_are_read(model, says
         settings(model=model)
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize(("kind", "can_skip"), [("adamw", True), ("muon", False)])
-def test_an_update_that_is_not_finite_changes_nothing(world, tmp_path, kind, can_skip):
-    run = Run(tmp_path, world, settings(optim={"type": kind, "lr": 1e-2}))
+def test_an_update_that_is_not_finite_changes_nothing(
+    world, tmp_path, monkeypatch, kind, can_skip, cuda_graphs
+):
+    poisoned = False
+
+    def choose(config):
+        right = choose_loss(config)
+
+        def loss(*given):
+            found = right(*given)
+            return dataclasses.replace(found, loss=found.loss * math.inf) if poisoned else found
+
+        return loss
+
+    monkeypatch.setattr(update, "choose_loss", choose)
+    run = Run(tmp_path, world, settings(optim={"type": kind, "lr": 1e-2}, cuda_graphs=cuda_graphs))
     run.train(2)
     before, steps = run.tensors(), run.updater.optimizer.steps()
     before = {name: tensor.clone() for name, tensor in before.items()}
-    right = run.updater.passes.loss
-    run.updater.passes.loss = lambda *given: dataclasses.replace(
-        right(*given), loss=right(*given).loss * math.inf
-    )
+    poisoned = True
     assert run.updater.optimizer.can_skip is can_skip
     with pytest.raises(PoisonBatch, match="policy 2 was not changed"):
         run.train(1)
     assert equal(run.tensors(), before) == []
     assert run.updater.optimizer.steps() == steps
-    run.updater.passes.loss = right
-    through = Run(tmp_path / "through", world, settings(optim={"type": kind, "lr": 1e-2}))
+    poisoned = False
+    through = Run(
+        tmp_path / "through", world, settings(optim={"type": kind, "lr": 1e-2}, cuda_graphs=cuda_graphs)
+    )
     through.train(2)
     assert run.train(1) == through.train(1)
     assert equal(run.tensors(), through.tensors()) == []

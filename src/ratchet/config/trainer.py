@@ -53,7 +53,8 @@ class TrainerConfig(BaseConfig):
     precision: Announced[Literal["bf16", "fp32"]] = "bf16"
     """bf16: the passes run on a copy of the weights in bf16; weights, sums of gradients and optimizer stay in fp32."""
     share_prompts: Announced[bool] = True
-    """Compute a short prompt of several sequences once; of models that are known, and not with `compile`."""
+    """Compute a short prompt of several sequences once; of models that are known, and not with `compile` or
+    `cuda_graphs`."""
     activation_checkpointing: Announced[Literal["none", "attention", "full"]] = "none"
     """What the backward pass computes again. `full` keeps only the input of each decoder layer; `attention` the result
     of its attention as well: little memory, and most of the work where rows are long. `none` keeps all, logits too."""
@@ -61,7 +62,7 @@ class TrainerConfig(BaseConfig):
     """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
     cuda_graphs: Announced[bool] = False
     """Record the passes over a micro-batch of each shape as one CUDA graph, so that the host launches them by one call.
-    Micro-batches are padded to few shapes; one process, and nothing is computed again."""
+    Micro-batches are padded to few shapes. For one process on one GPU, with `activation_checkpointing = "none"`."""
     nproc: Announced[Positive] = 1
     """Trainer processes on a machine, over which the model is sharded; a GPU each, where there are GPUs."""
     nnodes: Announced[Positive] = 1
@@ -82,10 +83,14 @@ class TrainerConfig(BaseConfig):
                 f"parallel.replicate {self.parallel.replicate} must divide the {self.ranks} processes "
                 "(nnodes x nproc)"
             )
-        if self.cuda_graphs and (self.ranks > 1 or self.activation_checkpointing != "none"):
+        if self.cuda_graphs and self.ranks > 1:
             raise ValueError(
-                f"cuda_graphs needs one process (here {self.ranks}) and activation_checkpointing = 'none' (here "
-                f"{self.activation_checkpointing!r}): rows that need more are not held up by the host"
+                f"cuda_graphs is for one process, and there are {self.ranks} (nnodes x nproc): leave it out"
+            )
+        if self.cuda_graphs and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"cuda_graphs does not go with activation_checkpointing = {self.activation_checkpointing!r}: leave "
+                "one of them out"
             )
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")

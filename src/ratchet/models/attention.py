@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ratchet.log import LOGGER
 from ratchet.models import flash
 
-FLASH, FLEX = "ratchet_fa4", "ratchet_flex"
+FLASH, FLEX, PLAIN = "ratchet_fa4", "ratchet_flex", "ratchet_sdpa"
 """Names for transformers, which takes every name with `flash` in it for a kernel of its own."""
 SHORTEST = 1024
 """Shorter rows have too little attention to gain from another kernel."""
@@ -34,10 +34,19 @@ CLOSE = 0.02
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None, float], torch.Tensor]
 
 
-def choose(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace `sdpa` by the fastest kernel that repeats its bits, is there, and gives what torch's gives."""
-    is_sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
-    if not (is_sdpa and device.type == "cuda" and dtype == torch.bfloat16):
+def choose(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, is_recorded: bool = False
+) -> None:
+    """Replace `sdpa` by the fastest kernel that repeats its bits, is there, and gives what torch's gives.
+
+    Where passes are recorded and none is, torch's own takes its place by another name: of `sdpa` transformers computes
+    a dense mask while a graph is recorded, so other kernels would be recorded than were tried.
+    """
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+    if is_recorded:
+        model.set_attn_implementation(PLAIN)
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return
     for name, kernel in KERNELS.items():
         if name == FLASH and not _has_flash(device):
@@ -143,6 +152,31 @@ def _flash(
     return flash.attend(*tensors, window=window, scale=scale)
 
 
+def _plain(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Shapes: (B, H, T, D), (B, K, T, D) twice -> (B, T, H, D)"""
+    length = query_BHTD.shape[2]
+    band_TT = None
+    if window is not None and window < length:
+        ones_TT = torch.ones(length, length, dtype=torch.bool, device=query_BHTD.device)
+        band_TT = ones_TT.tril().triu(1 - window)
+    out_BHTD = nn.functional.scaled_dot_product_attention(
+        query_BHTD,
+        key_BKTD,
+        value_BKTD,
+        attn_mask=band_TT,
+        is_causal=band_TT is None,
+        scale=scale,
+        enable_gqa=query_BHTD.shape[1] != key_BKTD.shape[1],
+    )
+    return out_BHTD.transpose(1, 2).contiguous()
+
+
 KERNELS: dict[str, Kernel] = {
     FLASH: _flash,
     FLEX: torch.compiler.disable(_flex),  # pyright: ignore[reportAssignmentType] it has no types of its own
@@ -182,5 +216,5 @@ def attend(
     return kernel(query, key, value, sliding_window, scale), None
 
 
-for _name, _kernel in KERNELS.items():
+for _name, _kernel in {**KERNELS, PLAIN: _plain}.items():
     ALL_ATTENTION_FUNCTIONS.register(_name, functools.partial(attend, _kernel))

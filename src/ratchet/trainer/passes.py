@@ -1,10 +1,10 @@
 """The passes over the micro-batches of a step, forward and backward, which leave the step's gradient on the parameters.
 
-    Gathered   FSDP2 gathers the parameters, and reduces their gradients, on any number of ranks
-    Recorded   on one rank: a copy of the model, in fixed places, whose passes are CUDA graphs
+    GatheredPasses   FSDP2 gathers the parameters, and reduces their gradients, on any number of ranks
+    RecordedPasses   on one rank: a copy of the model, in fixed places, whose passes are CUDA graphs
 
-Without a GPU `Recorded` computes the same and records nothing. It gives the bits of `Gathered`, but where padding makes
-a sum longer.
+Without a GPU `RecordedPasses` compute the same and record nothing. They give the bits of `GatheredPasses`, except where
+what only fills up makes a sum longer.
 """
 
 import copy
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ratchet.config import TrainerConfig
+from ratchet.log import LOGGER
 from ratchet.models.graphs import Graphs
 from ratchet.trainer.loss import LossSum
 from ratchet.trainer.packing import MicroBatch
@@ -29,28 +30,26 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor 
 Figures = dict[str, torch.Tensor]
 """Sums over one micro-batch, () float32 each: `loss`, and what the loss reports."""
 
-_EIGHTHS = 8
-"""Of the cells of a micro-batch: the numbers of trained tokens that it is filled up to, and recorded for."""
+_FILLS = 4
+"""Parts of the cells of a micro-batch: it is filled up to the next one with tokens that do not count."""
 _FEWEST = 16
 
 
 class Passes(Protocol):
-    """How the gradient of a step comes about. `loss` may be replaced."""
-
-    loss: LossFunction
+    """How the gradient of a step comes about."""
 
     def run(self, parts: Sequence[MicroBatch], temperature: float, tokens: int) -> list[Figures]:
         """The figures of each micro-batch, in order; the gradient of the mean over `tokens` is on the parameters."""
         ...
 
 
-class Gathered:
+class GatheredPasses:
     """By FSDP2: gradients are added up in fp32, and reduced across the ranks with the last micro-batch."""
 
     def __init__(
         self, model: PreTrainedModel, config: TrainerConfig, world: World, loss: LossFunction
     ) -> None:
-        self.loss = loss
+        self._loss = loss
         self._policy = shard(model, config, world)
         self._world = world
 
@@ -74,36 +73,41 @@ class Gathered:
         )
         shared = part.branches and _to_device(self._world.device, *part.branches)
         logprobs_N = self._policy(inputs_BT, cells_N, targets_N, temperature, shared)
-        result = self.loss(logprobs_N, behaviour_N, advantages_N, None)
+        result = self._loss(logprobs_N, behaviour_N, advantages_N, None)
         (result.loss * scale).backward()
         return {"loss": result.loss.detach(), **result.metrics}
 
 
-class Recorded:
-    """By CUDA graphs, one for each shape of a micro-batch. In bf16 the copy has values of its own, which follow the
-    parameters at the begin of each step; in fp32 it shares theirs."""
+class RecordedPasses:
+    """By CUDA graphs, one for each shape of a micro-batch and each number of tokens that it is filled up to.
+
+    In bf16 the copy has values of its own, which follow the parameters at the begin of each step; in fp32 it shares
+    theirs.
+    """
 
     def __init__(
         self, model: PreTrainedModel, config: TrainerConfig, world: World, loss: LossFunction
     ) -> None:
-        self.loss = loss
+        self._loss = loss
         self._device = world.device
+        own = copy.deepcopy(model)  # on the host: the device never holds it in fp32
         model.to(world.device)  # pyright: ignore[reportArgumentType]
-        own = copy.deepcopy(model)
-        self._weights: list[torch.Tensor] = [*model.parameters()]
-        self._copies: list[torch.Tensor] = [*own.parameters()]
         self._is_cast = config.precision == "bf16"
-        for weight, mine in zip(self._weights, self._copies, strict=True):
-            mine.data = weight.data.bfloat16() if self._is_cast else weight.data
+        for weight, mine in zip(model.parameters(), own.parameters(), strict=True):
+            mine.data = mine.data.bfloat16() if self._is_cast else weight.data
         self._policy = lay_out(own, config, world.device)
-        self._trained = [weight for weight in self._weights if weight.requires_grad]
-        self._learning = [mine for mine in self._copies if mine.requires_grad]
-        self._sums = [torch.zeros_like(weight, requires_grad=False) for weight in self._trained]
-        self._graphs = Graphs()
+        self._weights: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self._copies: list[torch.Tensor] = [p for p in own.parameters() if p.requires_grad]
+        self._sums = [torch.zeros_like(weight, requires_grad=False) for weight in self._weights]
+        self._reached: set[int] = set()
+        """Which of the parameters have a gradient: a zero is not the same as none."""
+        self._graphs = Graphs(remedy="set trainer.cuda_graphs = false")
+        if world.device.type == "cpu":
+            LOGGER.info("trainer.cuda_graphs records nothing on a CPU")
 
     def run(self, parts: Sequence[MicroBatch], temperature: float, tokens: int) -> list[Figures]:
         if self._is_cast:
-            with torch.no_grad():
+            with torch.no_grad():  # frozen ones are what they were
                 torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateImportUsage]
         run = functools.partial(self._run, temperature)
         given = [_to_device(self._device, *_filled(part), np.array(1 / tokens, np.float32)) for part in parts]
@@ -116,8 +120,8 @@ class Recorded:
         for name, inputs in zip(names, given, strict=True):
             found = self._graphs.run(name, run, inputs, self._device)
             figures.append({key: value.clone() for key, value in found.items()})
-        for weight, gradient in zip(self._trained, self._sums, strict=True):
-            weight.grad = gradient
+        for i in self._reached:
+            self._weights[i].grad = self._sums[i]
         return figures
 
     def _run(
@@ -133,11 +137,12 @@ class Recorded:
     ) -> Figures:
         """Both passes over one micro-batch: its gradient is added to the sums."""
         logprobs_N = self._policy(inputs_BT, cells_N, targets_N, temperature)
-        result = self.loss(logprobs_N, behaviour_N, advantages_N, counts_N)
-        gradients = torch.autograd.grad(result.loss * scale, self._learning, allow_unused=True)
-        for total, gradient in zip(self._sums, gradients, strict=True):
+        result = self._loss(logprobs_N, behaviour_N, advantages_N, counts_N)
+        gradients = torch.autograd.grad(result.loss * scale, self._copies, allow_unused=True)
+        for i, gradient in enumerate(gradients):
             if gradient is not None:
-                total += gradient
+                self._reached.add(i)
+                self._sums[i] += gradient
         return {"loss": result.loss.detach(), **result.metrics}
 
 
@@ -146,8 +151,9 @@ def _filled(part: MicroBatch) -> tuple[np.ndarray, ...]:
 
     Shapes: inputs_BT, cells_N, targets_N int64, behaviour_N, advantages_N float32, counts_N bool
     """
+    assert part.branches is None, "rows that share a beginning are not recorded"
     size = len(part.cells_N)
-    step = max(_FEWEST, part.inputs_BT.size // _EIGHTHS)
+    step = max(_FEWEST, part.inputs_BT.size // _FILLS)
     missing = -size % step if size else step
     arrays = (part.cells_N, part.targets_N, part.behaviour_N, part.advantages_N, np.ones(size, dtype=bool))
     return part.inputs_BT, *(np.pad(array, (0, missing)) for array in arrays)

@@ -13,7 +13,7 @@ from ratchet.models import attention, branches
 from ratchet.rng import derive
 from ratchet.trainer import loss, packing
 from ratchet.trainer.optim import Optimizer
-from ratchet.trainer.passes import Gathered, LossFunction, Passes, Recorded
+from ratchet.trainer.passes import GatheredPasses, LossFunction, Passes, RecordedPasses
 from ratchet.trainer.source import Batch
 from ratchet.trainer.world import World
 
@@ -32,8 +32,8 @@ def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
     """Lay a model out on the ranks, and give it an optimizer and a loss."""
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
-    attention.choose(model, world.device, dtype)
-    kind = Recorded if config.trainer.cuda_graphs else Gathered
+    attention.choose(model, world.device, dtype, is_recorded=config.trainer.cuda_graphs)
+    kind = RecordedPasses if config.trainer.cuda_graphs else GatheredPasses
     passes = kind(model, config.trainer, world, choose_loss(config))
     optimizer = Optimizer(model, config.trainer.optim)
     few_shapes = config.trainer.compile or config.trainer.cuda_graphs
