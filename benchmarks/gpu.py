@@ -234,7 +234,8 @@ def trainer(root: Path, world: World, layers: list[str], points: list[str], *, i
             for way in ways[wanted]
         }
         if {Way("none", "compiled"), Way("none", "recorded")} <= found.keys():
-            is_same = found["none", "compiled"] == found["none", "recorded"]
+            one, two = found["none", "compiled"], found["none", "recorded"]
+            is_same = one is not None and one == two
             say(
                 "  recorded passes give the loss and gradient norm of those that are not",
                 "yes" if is_same else "NO",

@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--recorded", action="store_true")
     parser.add_argument("--only", choices=("exactness", "size"))
     arguments = parser.parse_args()
+    if arguments.recorded and (arguments.nproc > 1 or arguments.only != "exactness"):
+        parser.error("--recorded goes with --only exactness, on one GPU")
     shutil.rmtree(arguments.root, ignore_errors=True)
     arguments.root.mkdir(parents=True)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

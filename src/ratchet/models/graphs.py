@@ -71,11 +71,10 @@ class Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            said = f"The model cannot be recorded as a CUDA graph ({str(error).partition(chr(10))[0]})"
             if self._remedy is not None:
-                raise Refusal(
-                    f"The model cannot be recorded as a CUDA graph ({error}): {self._remedy}."
-                ) from error
-            LOGGER.warning("The model cannot be recorded as a CUDA graph (%s): it runs slower.", error)
+                raise Refusal(f"{said}: {self._remedy}.") from error
+            LOGGER.warning("%s: it runs slower.", said)
             self._records = False
             return False
         self._inputs[name], self._recorded[name] = places, recorded
