@@ -117,3 +117,14 @@ def test_a_short_row_that_is_longer_than_a_window_goes_to_the_kernel(length, win
     module = torch.nn.Module()
     attention.attend(kernel, module, row, row, row, None, sliding_window=window)
     assert seen == ([window] if window == 32 else [])
+
+
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_the_plain_kernel_sees_what_lies_before_and_within_the_window(window):
+    """Queries of zero see all alike: each result is the mean of the values in sight, which are 0, 1, 2, ..."""
+    query, key = torch.zeros(1, 2, 6, 4), torch.randn(1, 1, 6, 4)
+    value = torch.arange(6.0).reshape(1, 1, 6, 1).expand(1, 1, 6, 4)
+    found = attention._plain(query, key, value, window, 0.5)
+    means = [0, 0.5, 1, 2, 3, 4] if window == 3 else [0, 0.5, 1, 1.5, 2, 2.5]
+    assert found.shape == (1, 6, 2, 4)
+    torch.testing.assert_close(found[0, :, 1, 0], torch.tensor(means, dtype=torch.float32))
