@@ -1,5 +1,6 @@
 """Test modules share `programs.py`; every test runs in the repository's root, where the examples' paths begin."""
 
+import logging
 import os
 import shutil
 import sys
@@ -45,3 +46,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _no_program_was_here():
+    """A command that a test runs in this process sets its log up: the next test begins with the log of none."""
+    logger = logging.getLogger("ratchet")
+    yield
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True

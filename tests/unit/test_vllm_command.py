@@ -8,7 +8,6 @@ import pytest
 from ratchet.config import RLConfig
 from ratchet.errors import Refusal
 from ratchet.inference.vllm import command
-from ratchet.log import LOGGER
 from ratchet.orchestrator import vllm_fit
 
 MODEL = "examples/reverse_text/model"
@@ -119,7 +118,6 @@ def test_an_environment_that_can_serve_passes(tmp_path):
 @pytest.mark.parametrize(("is_invariant", "warnings"), [(False, 1), (True, 0)])
 def test_deterministic_is_said_not_to_cover_every_bit(tmp_path, monkeypatch, caplog, is_invariant, warnings):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1" if is_invariant else "0")
-    monkeypatch.setattr(LOGGER, "propagate", True)
     settings = config({"python": str(interpreter(tmp_path, "0.32.0", True))}, max_model_len=64)
     with caplog.at_level("WARNING", logger="ratchet"):
         command.check(settings)
