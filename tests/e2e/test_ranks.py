@@ -119,6 +119,8 @@ def test_one_rank_then_two_then_one_take_the_steps_of_one(alone, tmp_path):
         assert steps == 2 or "Changed: trainer.nproc" in said
     assert [r["step"] for r in rows(root)] == list(range(1, 7))
     assert_close(root, alone)
+    for found, expected in zip(rows(root), rows(alone), strict=True):
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5)
     assert "trained on 1, 2 processes" in run("trainer", "--replay", root, code=2)
 
 

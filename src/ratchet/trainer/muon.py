@@ -9,6 +9,8 @@ import math
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
+from ratchet.trainer.sharding import own
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -51,30 +53,25 @@ def _update(
     matrix: torch.Tensor, buffer: torch.Tensor, lr: float, momentum: float, weight_decay: float
 ) -> None:
     assert matrix.grad is not None
-    own, gradient, average = _own(matrix), _own(matrix.grad), _own(buffer)
+    part, gradient, average = own(matrix), own(matrix.grad), own(buffer)
     average.lerp_(gradient, 1 - momentum)
     update = _like(orthogonalise(_whole(gradient.lerp(average, momentum), matrix)), matrix)
-    own.mul_(1 - lr * weight_decay)
-    own.add_(update.to(own.dtype), alpha=-lr * 0.2 * math.sqrt(max(matrix.shape)))
+    part.mul_(1 - lr * weight_decay)
+    part.add_(update.to(part.dtype), alpha=-lr * 0.2 * math.sqrt(max(matrix.shape)))
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The part that this rank holds, itself and not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The matrix of which every rank has a part, on every rank."""
-    if not isinstance(like, DTensor):
-        return own
+    if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
+        return part
     return DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     ).full_tensor()
 
 
 def _like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The part of a matrix that this rank holds."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return whole
     everywhere = [Replicate()] * like.device_mesh.ndim
     sharded = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)

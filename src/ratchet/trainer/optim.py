@@ -11,7 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ratchet.config import OptimConfig
+from ratchet.trainer.adamw import AdamW
 from ratchet.trainer.muon import Muon
+from ratchet.trainer.sharding import own
+from ratchet.trainer.world import World
 
 # What each kind keeps for one parameter, besides AdamW's step count, which is stored as JSON.
 _STATE_NAMES = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
@@ -20,8 +23,9 @@ _STATE_NAMES = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)
 class Optimizer:
     """The optimizers of one model, and their state by parameter name."""
 
-    def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: OptimConfig, world: World) -> None:
         self._config = config
+        self._world = world
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         matrices = _block_matrices(model) if config.type == "muon" else set()
         rest = [p for p, name in self._names.items() if name not in matrices]
@@ -32,7 +36,7 @@ class Optimizer:
         for part, parameter in self._each():
             for name in _STATE_NAMES[type(part).__name__]:
                 part.state[parameter][name] = torch.zeros_like(parameter)
-            if isinstance(part, torch.optim.AdamW):
+            if isinstance(part, AdamW):
                 part.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
     def _each(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
@@ -41,18 +45,20 @@ class Optimizer:
                 for parameter in group["params"]:
                     yield part, parameter
 
+    @torch.no_grad()
     def clip(self) -> torch.Tensor:
         """Clip all gradients together by their norm; returns the norm before. Shapes: -> ()"""
-        grads = [p.grad for p in self._names if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        grads = [own(p.grad) for p in self._names if p.grad is not None]
+        norm = self._world.norm_of_parts(nn.utils.get_total_norm(grads))
         if self._config.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(list(self._names), self._config.max_norm, norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+            factor = (self._config.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
 
     @property
     def can_skip(self) -> bool:
         """Whether the device itself can leave an update out."""
-        return all(isinstance(part, torch.optim.AdamW) for part in self._parts)
+        return all(isinstance(part, AdamW) for part in self._parts)
 
     def step(self, factor: float, is_skipped: torch.Tensor | None = None) -> None:
         """One update at `factor` times the peak learning rate; the gradients are gone afterwards.
@@ -63,7 +69,8 @@ class Optimizer:
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             if is_skipped is not None:
-                part.found_inf = is_skipped.float()  # pyright: ignore[reportAttributeAccessIssue] as GradScaler does
+                assert isinstance(part, AdamW)
+                part.found_inf = is_skipped.float()
             part.step()
         self.discard()
 
@@ -100,14 +107,14 @@ def _block_matrices(model: PreTrainedModel) -> set[str]:
     return {name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in outer}
 
 
-def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> AdamW:
     """Weight decay shrinks matrices only, never norms or biases."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def _muon(parameters: list[nn.Parameter], config: OptimConfig) -> Muon:

@@ -35,7 +35,7 @@ def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: Wo
     attention.choose(model, world.device, dtype, is_recorded=config.trainer.cuda_graphs)
     kind = RecordedPasses if config.trainer.cuda_graphs else GatheredPasses
     passes = kind(model, config.trainer, world, choose_loss(config))
-    optimizer = Optimizer(model, config.trainer.optim)
+    optimizer = Optimizer(model, config.trainer.optim, world)
     few_shapes = config.trainer.compile or config.trainer.cuda_graphs
     shares_prompts = config.trainer.share_prompts and not few_shapes and branches.are_known(model)
     if config.trainer.share_prompts and not shares_prompts:

@@ -51,6 +51,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def norm_of_parts(self, norm: torch.Tensor) -> torch.Tensor:
+        """The norm of a whole, of which each rank that holds a part of one copy gives its part's. Shapes: () -> ()"""
+        if not self.is_sharded:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.mesh.get_group(self.mesh.ndim - 1))
+        return square.sqrt()
+
     def part(self) -> None:
         """Leave together: a rank that ends early takes its end of a connection away."""
         if self.size > 1:
