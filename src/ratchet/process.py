@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,8 @@ from ratchet.log import LOGGER
 from ratchet.stage import Stage
 
 _PR_SET_PDEATHSIG = 1
+_NEEDLESS = ("accelerate", "trio")
+"""What transformers and its HTTP client import wherever it is installed, for calls that no program here makes."""
 
 
 def die_with_parent() -> None:
@@ -40,10 +42,11 @@ def die_with(parent: int) -> None:
 def imports() -> Iterator[None]:
     """Around the heavy imports of a program: the collector, which would go through what they make again and again and
     find nothing to free, is off, and leaves it alone afterwards. A sixth of the time that torch and transformers take.
+    Packages that are imported only because they are there, a twelfth, are as if they were not.
     """
     gc.disable()
     try:
-        with _room_for_lists():
+        with _room_for_lists(), _without(_NEEDLESS):
             yield
     finally:
         gc.freeze()
@@ -70,6 +73,19 @@ def _room_for_lists() -> Iterator[None]:
         yield
     finally:
         functools.lru_cache = lru_cache
+
+
+@contextlib.contextmanager
+def _without(packages: Sequence[str]) -> Iterator[None]:
+    """Let imports of these packages fail, unless they were imported before."""
+    absent = [name for name in packages if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for name in absent:
+            del modules[name]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import subprocess
 import sys
 
@@ -78,3 +79,24 @@ assert "Qwen3ForCausalLM" in dir(transformers)
 assert transformers.models.qwen3.Qwen3Config().model_type == "qwen3"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packages_that_nothing_here_calls_are_not_imported_and_can_be_afterwards(tmp_path):
+    (tmp_path / "accelerate.py").touch()
+    code = """
+import sys
+from ratchet import process
+with process.imports():
+    import ratchet.inference.serving, ratchet.trainer.loop
+    try:
+        import accelerate
+    except ImportError:
+        pass
+    else:
+        raise AssertionError
+assert not {"accelerate", "trio"} & sys.modules.keys()
+import accelerate
+with process.imports():
+    assert sys.modules["accelerate"] is accelerate
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
