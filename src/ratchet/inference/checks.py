@@ -51,7 +51,7 @@ def check_model(slot_model: SlotModel) -> None:
     finally:
         model.set_attn_implementation(ATTENTION)
     prefilled = slot_model.prefill(token_ids[:-1])
-    slot_model.place(0, prefilled)
+    slot_model.place([0], prefilled)
     tokens_S = torch.full((slot_model.slots,), token_ids[-1])
     decoded_V = slot_model.decode(tokens_S, torch.full_like(tokens_S, length - 1))[0]
     found_2V = torch.stack([prefilled.logits_1V[0], decoded_V])

@@ -8,6 +8,7 @@ import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -141,7 +142,7 @@ class Engine:
     def recompute(self) -> None:
         """Compute the cache of every sequence in flight again, with the weights of now."""
         for slot, sequence in self.active.items():
-            self.model.place(slot, self.model.prefill([*sequence.prompt, *sequence.token_ids[:-1]]))
+            self.model.place([slot], self.model.prefill([*sequence.prompt, *sequence.token_ids[:-1]]))
 
     def _prefill(self, prompt: list[int]) -> Prefilled:
         """Rollouts of one task share their prompt: what is kept has the bits that computing it again would have."""
@@ -156,19 +157,24 @@ class Engine:
     def _admit(self, sequences: list[Sequence]) -> None:
         """Move sequences into free slots and draw the first token of each. Rows do not meet in `sample`."""
         slots, logits = [], []
-        for sequence in sequences:
-            prefilled = self._prefill(sequence.prompt)
-            slot = heapq.heappop(self._free)
-            self.active[slot] = sequence
-            self.model.place(slot, prefilled)
-            self._positions_S[slot] = len(sequence.prompt)
-            self._temperatures_S[slot] = sequence.temperature
-            self._uniforms_SL[slot] = draw_uniforms(sequence.seed, self.model.max_model_len)
-            slots.append(slot)
-            logits.append(prefilled.logits_1V)
+        for prompt, siblings in groupby(sequences, key=lambda sequence: sequence.prompt):
+            prefilled = self._prefill(prompt)
+            places = [self._take(sequence) for sequence in siblings]
+            self.model.place(places, prefilled)
+            slots += places
+            logits += [prefilled.logits_1V] * len(places)
         for some, part in zip(_split(slots), _split(logits), strict=True):
             temperatures_N, uniforms_N = self._chances(some)
             self._tell(some, *sample(torch.cat(part), temperatures_N, uniforms_N))
+
+    def _take(self, sequence: Sequence) -> int:
+        """Give a sequence a free slot."""
+        slot = heapq.heappop(self._free)
+        self.active[slot] = sequence
+        self._positions_S[slot] = len(sequence.prompt)
+        self._temperatures_S[slot] = sequence.temperature
+        self._uniforms_SL[slot] = draw_uniforms(sequence.seed, self.model.max_model_len)
+        return slot
 
     def _decode(self) -> None:
         rows = self.model.rows(len(self.active))

@@ -11,7 +11,7 @@ Axes: S slots, R rows that a step decodes, H query heads, K key-value heads, G =
 P positions of a piece, T = N * P, L tokens, D head size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,22 +76,24 @@ class SlotCache(Cache):
         self._positions_R = torch.empty(0)
         self._index: dict[int, torch.Tensor] = {}
 
-    def place(self, slot: int, layers: list[KeyValue]) -> None:
-        """Move a prefilled prompt into a slot."""
+    def place(self, slots: Sequence[int], layers: list[KeyValue]) -> None:
+        """Move a prefilled prompt into slots, and zeros behind it."""
         if not self.rows:
             self.rows = [(self._empty(key), self._empty(value)) for key, value in layers]
-        pairs = [
-            (store_NSKPD[:, slot], states_1KLD[0])
-            for row, prompt in zip(self.rows, layers, strict=True)
-            for store_NSKPD, states_1KLD in zip(row, prompt, strict=True)
-        ]
-        torch._foreach_zero_([store_NKPD for store_NKPD, _ in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        parts = [
-            (store_KPD[:, : part_KLD.shape[1]], part_KLD)
-            for store_NKPD, states_KLD in pairs
-            for store_KPD, part_KLD in zip(store_NKPD, states_KLD.split(self.piece, 1), strict=False)
-        ]
-        torch._foreach_copy_([into for into, _ in parts], [part for _, part in parts])  # pyright: ignore[reportPrivateImportUsage]
+        stores = [store_NSKPD for row in self.rows for store_NSKPD in row]
+        images = [self._image(states_1KLD[0]) for prompt in layers for states_1KLD in prompt]
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [store_NSKPD[:, slot] for store_NSKPD in stores for slot in slots],
+            [image_NKPD for image_NKPD in images for _ in slots],
+        )
+
+    def _image(self, states_KLD: torch.Tensor) -> torch.Tensor:
+        """What a slot holds that begins with these. Shapes: (K, L, D) -> (N, K, P, D)"""
+        heads, _, size = states_KLD.shape
+        image_NKPD = states_KLD.new_zeros(self.length // self.piece, heads, self.piece, size)
+        for piece_KPD, part_KLD in zip(image_NKPD, states_KLD.split(self.piece, 1), strict=False):
+            piece_KPD[:, : part_KLD.shape[1]] = part_KLD
+        return image_NKPD
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot's row to another slot."""
@@ -297,8 +299,8 @@ class SlotModel:
         return self._graphs.run(("decode", len(tokens_R), span), step, inputs, self.device)
 
     @torch.inference_mode()
-    def place(self, slot: int, prefilled: Prefilled) -> None:
-        self.cache.place(slot, prefilled.layers)
+    def place(self, slots: Sequence[int], prefilled: Prefilled) -> None:
+        self.cache.place(slots, prefilled.layers)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
