@@ -18,7 +18,7 @@ from ratchet.stage import Stage
 
 _PR_SET_PDEATHSIG = 1
 _NEEDLESS = ("accelerate", "trio")
-"""What transformers and its HTTP client import wherever it is installed, for calls that no program here makes."""
+"""What transformers and its HTTP client import wherever they find it, for calls that no program here makes."""
 
 
 def die_with_parent() -> None:
@@ -85,7 +85,8 @@ def _without(packages: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         for name in absent:
-            del modules[name]
+            if name in modules and modules[name] is None:
+                del modules[name]
 
 
 @contextlib.contextmanager

@@ -166,10 +166,11 @@ def _inference() -> int:
     config = _parse(ServerConfig, "inference")
     from ratchet.models.check import check_model
 
-    check_model(config.model)
+    is_vllm = config.inference is not None and config.inference.engine == "vllm"
+    check_model(config.model, may_be_quantised=is_vllm)
     from ratchet.inference.__main__ import serve
     from ratchet.inference.vllm import command
 
-    if config.inference is not None and config.inference.engine == "vllm":
+    if is_vllm:
         command.check(config)
     return serve(config)

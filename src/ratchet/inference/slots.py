@@ -11,7 +11,7 @@ Axes: S slots, R rows that a step decodes, H query heads, K key-value heads, G =
 P positions of a piece, T = N * P, L tokens, D head size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +76,15 @@ class SlotCache(Cache):
         self._positions_R = torch.empty(0)
         self._index: dict[int, torch.Tensor] = {}
 
-    def place(self, slots: Sequence[int], layers: list[KeyValue]) -> None:
+    def place(self, slots: list[int], layers: list[KeyValue]) -> None:
         """Move a prefilled prompt into slots, and zeros behind it."""
         if not self.rows:
             self.rows = [(self._empty(key), self._empty(value)) for key, value in layers]
-        stores = [store_NSKPD for row in self.rows for store_NSKPD in row]
-        images = [self._image(states_1KLD[0]) for prompt in layers for states_1KLD in prompt]
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            [store_NSKPD[:, slot] for store_NSKPD in stores for slot in slots],
-            [image_NKPD for image_NKPD in images for _ in slots],
-        )
+        for row, prompt in zip(self.rows, layers, strict=True):
+            for store_NSKPD, states_1KLD in zip(row, prompt, strict=True):
+                image_NKPD = self._image(states_1KLD[0])
+                places = [store_NSKPD[:, slot] for slot in slots]
+                torch._foreach_copy_(places, [image_NKPD] * len(places))  # pyright: ignore[reportPrivateImportUsage]
 
     def _image(self, states_KLD: torch.Tensor) -> torch.Tensor:
         """What a slot holds that begins with these. Shapes: (K, L, D) -> (N, K, P, D)"""
@@ -299,7 +298,7 @@ class SlotModel:
         return self._graphs.run(("decode", len(tokens_R), span), step, inputs, self.device)
 
     @torch.inference_mode()
-    def place(self, slots: Sequence[int], prefilled: Prefilled) -> None:
+    def place(self, slots: list[int], prefilled: Prefilled) -> None:
         self.cache.place(slots, prefilled.layers)
 
     @torch.inference_mode()

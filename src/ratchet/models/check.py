@@ -1,9 +1,11 @@
 """Whether the model of a configuration can be loaded, said before any program starts. Needs no torch."""
 
 import importlib.util
+import json
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from ratchet import durable, hub
 from ratchet.config import ModelConfig
@@ -11,16 +13,22 @@ from ratchet.errors import Refusal
 from ratchet.paths import parse_step
 
 
-def check_model(model: ModelConfig) -> str:
+def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> str:
     """Returns a fingerprint of the model's files.
 
-    Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes.
+    Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes, or if the
+    weights are quantised where only vLLM could use them.
     """
     if not Path(model.name).is_dir() and hub.is_local(model.name):
         raise Refusal(f"The model directory {model.name} does not exist{_remedy(Path(model.name))}.")
     directory = hub.snapshot(model.name, ["config.json"])
     if not (directory / "config.json").exists():
         raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
+    if not may_be_quantised and "quantization_config" in _read_config(directory):
+        raise Refusal(
+            f"{model.name} holds quantised weights, which can be served by vLLM but not trained: give the model "
+            "that they were made from."
+        )
     if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise Refusal("model.attention is flash_attention_2, but the package flash-attn is not installed.")
     if model.lora is not None and importlib.util.find_spec("peft") is None:
@@ -38,6 +46,18 @@ def check_model(model: ModelConfig) -> str:
         return durable.payload_digest(durable.verify(directory).files)
     sizes = [f"{path.name} {path.stat().st_size}" for path in sorted(directory.glob("*.safetensors"))]
     return durable.hash_bytes("\n".join([durable.hash_file(directory / "config.json"), *sizes]).encode())
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Raises: Refusal"""
+    path = directory / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} cannot be read ({error}): check model.name.") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"{path} is not an object, so {directory} is not a model directory.")
+    return found
 
 
 def _remedy(directory: Path) -> str:

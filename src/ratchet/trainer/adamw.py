@@ -6,12 +6,12 @@ Source: Decoupled Weight Decay Regularization, arXiv:1711.05101
 import torch
 from torch.optim.adamw import adamw
 
-from ratchet.trainer.sharding import own
+from ratchet.trainer.world import own
 
 
 class AdamW(torch.optim.AdamW):
     """Its state, which must be there from the start, is `exp_avg` and `exp_avg_sq`, shaped as the parameter, and
-    `step`. Where `found_inf`, () float32, is not zero, an update changes nothing."""
+    `step`. Where `found_inf`, () float32, is one, an update changes nothing."""
 
     found_inf: torch.Tensor | None = None
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from ratchet.trainer.sharding import own
+from ratchet.trainer.world import own
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5

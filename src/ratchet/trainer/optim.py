@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from ratchet.config import OptimConfig
 from ratchet.trainer.adamw import AdamW
 from ratchet.trainer.muon import Muon
-from ratchet.trainer.sharding import own
-from ratchet.trainer.world import World
+from ratchet.trainer.world import World, own
 
 # What each kind keeps for one parameter, besides AdamW's step count, which is stored as JSON.
 _STATE_NAMES = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -69,15 +68,6 @@ def lay_out(model: PreTrainedModel, config: TrainerConfig, device: torch.device)
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
     return Policy(model, keeps_logits=config.activation_checkpointing == "none")
-
-
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter, its gradient or its state that this rank holds: itself, not a copy.
-
-    What is done to each element alone is done to it. DTensor would give the same, once it has worked out by a trial
-    how each operation goes with each sharding: half a second of a run's first step.
-    """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mixed_precision(config: TrainerConfig) -> MixedPrecisionPolicy:
