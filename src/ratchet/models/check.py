@@ -24,7 +24,7 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> str:
     directory = hub.snapshot(model.name, ["config.json"])
     if not (directory / "config.json").exists():
         raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
-    if not may_be_quantised and "quantization_config" in _read_config(directory):
+    if not may_be_quantised and _read_config(directory).get("quantization_config"):
         raise Refusal(
             f"{model.name} holds quantised weights, which can be served by vLLM but not trained: give the model "
             "that they were made from."
