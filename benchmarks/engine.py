@@ -44,6 +44,7 @@ SHAPES = {  # hidden size, layers, heads, size of the MLP
     "large": (768, 7, 12, 2048),
 }
 ROLLOUTS, GROUP, SHORTEST, LONGEST, EQUAL = 256, 16, 4, 64, 34
+WAYS = ("generate", "continuous", "products")
 MAX_MODEL_LEN = 128
 START_S = 300.0
 GOALS = {
@@ -212,9 +213,10 @@ def serving(name: str, model: Path, cores: list[int], root: Path, *settings: obj
 class Transformers:
     """One of the ways of the process of `peers/hf_generate.py`."""
 
-    def __init__(self, process: subprocess.Popen[str], way: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], way: str, log: Path) -> None:
         self._process = process
         self._way = way
+        self._log = log
 
     def play(self, work: Work) -> Speed:
         assert self._process.stdin is not None
@@ -224,22 +226,24 @@ class Transformers:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit(
-                f"HF {self._way} ended; its log is gone with the temporary directory: use --root."
-            )
+            raise SystemExit(f"HF {self._way} ended:\n{self._log.read_text()[-3000:]}")
         found = json.loads(answer)
         used = cpu_s(self._process.pid) - before
         return Speed(found["tokens"] / found["wall_s"], found["tokens"] / max(used, 0.01))
 
 
 @contextmanager
-def transformers(model: Path, cores: list[int], slots: int, root: Path) -> Iterator[subprocess.Popen[str]]:
+def transformers(
+    model: Path, cores: list[int], slots: int, root: Path
+) -> Iterator[Callable[[str], Transformers]]:
+    """A process for all ways; yields what gives one of them by its name."""
     words = [sys.executable, HERE / "peers" / "hf_generate.py", model, len(cores), slots]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with started(words, cores, root / "transformers.log", **pipes) as process:
+    log = root / "transformers.log"
+    with started(words, cores, log, **pipes) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        yield process
+        yield lambda way: Transformers(process, way, log)
 
 
 # -- the run ------------------------------------------------------------------------------------------------
@@ -282,11 +286,9 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
             choice = ("--inference.engine", "vllm", "--inference.vllm.python", arguments.vllm_python)
             theirs = stack.enter_context(serving("vllm", model, cores, root, *shape, *choice))
             sides["vLLM"] = theirs.play
-        if not arguments.without_hf:
-            process = stack.enter_context(transformers(model, cores, arguments.slots, root))
-            sides["generate"] = Transformers(process, "generate").play
-            sides["continuous"] = Transformers(process, "continuous").play
-            sides["products"] = Transformers(process, "products").play
+        if arguments.hf:
+            way = stack.enter_context(transformers(model, cores, arguments.slots, root))
+            sides |= {name: way(name).play for name in arguments.hf}
         warm = Work(*(part[:: GROUP // 2] for part in make_work(chat, "spread")))
         for play in sides.values():
             play(warm)
@@ -312,7 +314,7 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=SHAPES)
     parser.add_argument("--vllm-python", type=Path)
-    parser.add_argument("--without-hf", action="store_true")
+    parser.add_argument("--hf", nargs="*", choices=WAYS, default=WAYS, help="of transformers, and the limit")
     parser.add_argument("--cores", type=int, nargs="+", default=[min(os.sched_getaffinity(0))])
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

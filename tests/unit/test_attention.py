@@ -26,6 +26,19 @@ def test_a_cpu_keeps_the_kernel_of_torch(model):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("device", "is_recorded", "chosen"),
+    [("cuda", True, attention.PLAIN), ("cuda", False, "eager"), ("cpu", True, "eager")],
+)
+def test_eager_is_left_only_where_its_mask_would_have_to_be_recorded(model, device, is_recorded, chosen):
+    """Its mask takes a zero from the host, which no CUDA graph can."""
+    expected = states(model, 20)
+    model.set_attn_implementation("eager")
+    attention.choose(model, torch.device(device), torch.float32, is_recorded=is_recorded)
+    assert model.config._attn_implementation == chosen
+    torch.testing.assert_close(states(model, 20), expected)
+
+
 @pytest.mark.parametrize("name", attention.KERNELS)
 def test_transformers_takes_the_names_and_short_rows_are_computed_by_torch(model, name):
     expected = states(model, 20)

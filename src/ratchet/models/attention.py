@@ -40,9 +40,13 @@ def choose(
     """Replace `sdpa` by the fastest kernel that repeats its bits, is there, and gives what torch's gives.
 
     Where passes are recorded and none is, torch's own takes its place by another name: of `sdpa` transformers computes
-    a dense mask while a graph is recorded, so other kernels would be recorded than were tried.
+    a dense mask while a graph is recorded, so other kernels would be recorded than were tried. It also takes the place
+    of `eager` on a GPU then: that mask has its zero from the host, which a graph cannot read.
     """
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+    asked = getattr(model.config, "_attn_implementation", None)
+    if asked == "eager" and is_recorded and device.type == "cuda":
+        LOGGER.info("attention: sdpa in place of eager, whose mask cannot be recorded")
+    elif asked != "sdpa":
         return
     if is_recorded:
         model.set_attn_implementation(PLAIN)
