@@ -7,6 +7,7 @@ import pytest
 from ratchet.chat import Chat
 from ratchet.config import DataConfig
 from ratchet.errors import Refusal
+from ratchet.trainer import sft_data
 from ratchet.trainer.sft_data import SFTSource, check_data, load_rows, messages_of
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -92,6 +93,21 @@ def test_batch_k_is_the_same_whoever_asks_and_whenever(tmp_path, chat):
     history = [first.read(k) for k in range(6)]
     assert SFTSource(data, chat, seed=3).read(5) == history[5]
     assert SFTSource(data, chat, seed=4).read(5) != history[5]
+
+
+@pytest.mark.parametrize(("room", "least", "most"), [(0, 40, 40), (30, 11, 39), (10**6, 10, 10)])
+def test_rows_are_rendered_again_only_where_there_is_no_room_for_them(
+    tmp_path, chat, monkeypatch, room, least, most
+):
+    data = write(tmp_path, *({"prompt": f"p{i}", "completion": "x"} for i in range(10)))
+    monkeypatch.setattr(sft_data, "TOKENS_KEPT", 10**6)
+    plain = [SFTSource(data, chat, seed=3).read(k) for k in range(10)]  # a source each: nothing is kept
+    monkeypatch.setattr(sft_data, "TOKENS_KEPT", room)
+    source, rendered = SFTSource(data, chat, seed=3), []
+    render = chat.render_training
+    monkeypatch.setattr(chat, "render_training", lambda messages: rendered.append(1) or render(messages))
+    assert [source.read(k) for k in range(10)] == plain
+    assert least <= len(rendered) <= most
 
 
 def test_a_batch_whose_answers_are_all_cut_away_is_refused(tmp_path, chat):

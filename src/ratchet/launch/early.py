@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 
 MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
 """What a program of each role imports, of those that need torch."""
+MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**26}:glibc.malloc.trim_threshold={2**40}"
+"""glibc keeps what a step frees, in large pages, for the next one, which needs as much again; from 64 MiB on a tensor
+still goes back. Without it a step of small tensors gives most of its memory back and faults it in anew."""
 _ROOM = 1024
 """Bytes for the command lines of what is forked, besides the path of the interpreter."""
 
@@ -66,7 +69,9 @@ def begin_for(roles: Iterable[str]) -> Begun | None:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Fixed thread counts, and who the parent is (see `process.die_with_parent`)."""
+    """Fixed thread counts, who the parent is (see `process.die_with_parent`), and how memory is kept, unless the user
+    says how."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     fixed = {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **fixed, "RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    own = {"RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    return {"GLIBC_TUNABLES": MEMORY, **os.environ, **fixed, **own}

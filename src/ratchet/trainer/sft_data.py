@@ -17,6 +17,8 @@ from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch
 
 Row = dict[str, Any]
+TOKENS_KEPT = 2**21
+"""Of rows that were rendered, for later epochs: some tens of megabytes."""
 
 
 def check_data(data: DataConfig, chat: Chat) -> str:
@@ -126,6 +128,8 @@ class SFTSource:
         self._chat = chat
         self._rows = load_rows(data)
         self._order = EpochOrder(derive(seed, "data"), len(self._rows))
+        self._rendered: dict[int, Example] = {}
+        self._room = TOKENS_KEPT
 
     def wait(self, step: int) -> bool:
         """Demonstrations are always there."""
@@ -144,6 +148,15 @@ class SFTSource:
 
     def _example(self, draw: int) -> Example:
         index = self._order.row(draw) if self._data.shuffle else draw % len(self._rows)
+        if (known := self._rendered.get(index)) is not None:
+            return known
+        example = self._render(index)
+        if len(example.token_ids) <= self._room:
+            self._rendered[index] = example
+            self._room -= len(example.token_ids)
+        return example
+
+    def _render(self, index: int) -> Example:
         messages = messages_of(self._rows[index], f"{self._data.name}, row {index + 1}")
         ids, mask = self._chat.render_training(messages)
         return Example(ids[: self._data.max_length], mask[: self._data.max_length])
