@@ -66,7 +66,7 @@ slots = 128
 
 def command(name: str) -> list[str]:
     """One of our programs by its function, installed or not."""
-    return [sys.executable, "-c", f"from ratchet.cli.programs import {name}; {name}()"]
+    return [sys.executable, "-c", f"from ratchet.cli.entry import {name}; {name}()"]
 
 
 def measure(words: list[object], watch: Path | None = None) -> dict[str, Any]:
