@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ratchet import config_io, memory
+from ratchet import config_io, hardware, memory
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.durable import hash_bytes
 from ratchet.errors import Damaged, Refusal
@@ -119,6 +119,9 @@ def environment() -> dict[str, str]:
     """What can make two runs differ although their inputs are equal."""
     packages = ("torch", "transformers", "numpy", "safetensors")
     found = {"python": platform.python_version(), "machine": platform.machine()}
+    found |= {"processor": hardware.processor()} | (
+        {"gpus": ", ".join(gpus)} if (gpus := hardware.gpus()) else {}
+    )
     found |= {name: metadata.version(name) for name in packages}
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["flash-attn-4"] = metadata.version("flash-attn-4")  # computes attention where it is there

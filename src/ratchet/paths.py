@@ -86,6 +86,10 @@ class RunPaths:
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number:03d}"
 
+    def device(self, number: int, role: str) -> Path:
+        """What a role computes on in an attempt."""
+        return self.attempt(number) / role / "device.json"
+
     def batch(self, step: int) -> Path:
         return self.batches / step_name(step)
 

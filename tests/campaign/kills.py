@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from programs import BIN, TINY_SFT, kill, last_step, processes_of, run_digest, start, wait_until
-from ratchet import attempts, durable
+from programs import BIN, TINY_SFT, kill, last_step, processes_of, start, wait_until
+from ratchet import attempts, digest, durable
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 
@@ -139,8 +139,8 @@ class Campaign:
             sys.stdout.write(f"{self.kills} kills, {len(self.notes)} problems\n")
             sys.stdout.flush()
 
-    def reference(self, name: str) -> str:
-        """The digest of an undisturbed run of a mode."""
+    def reference(self, name: str) -> dict[str, str]:
+        """What an undisturbed run of a mode comes to, by part."""
         root = self.root / f"calm_{name}"
         with self._calm[name]:
             if not (root / "finished").exists():
@@ -149,7 +149,7 @@ class Campaign:
                 if code != 0:
                     raise SystemExit(f"an undisturbed run of {name} fails:\n{said}")
                 (root / "finished").touch()
-        return run_digest(root)
+        return digest.result(digest.parts(root))
 
 
 class Trial:
@@ -195,14 +195,19 @@ class Trial:
     def _judge(self, scenario: "Scenario") -> None:
         mode, root = scenario.mode, scenario.root
         self.counts.update(scenario.tally())
-        if mode.repeats and run_digest(root) != self._campaign.reference(self.name):
-            self.problem("digest_differs", f"{root} against calm_{self.name}")
+        if mode.repeats and (parts := self._differing(root)):
+            self.problem("digest_differs", f"{root} against calm_{self.name}: {', '.join(parts)}")
         self._ask("damaged", "ckpt", "verify", root)
         if mode.command == "rl":
             self._ask("draws_lost_or_doubled", "ckpt", "audit", root)
         self._ask("replay_differs", "trainer", "--replay", root)
         if not self.notes:
             shutil.rmtree(root)
+
+    def _differing(self, root: Path) -> list[str]:
+        """The parts of a run that are not those of the undisturbed one."""
+        expected, found = self._campaign.reference(self.name), digest.result(digest.parts(root))
+        return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
 
     def _ask(self, what: str, command: str, *arguments: object) -> None:
         process = start(command, *arguments)

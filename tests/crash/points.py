@@ -161,10 +161,17 @@ ROWS = [
         "copies them again, and the later copy counts",
         (),
     ),
+    Point(
+        "replace.device.json.before_rename",
+        "the plan; what this program computes on not noted yet, but before, if it was",
+        "notes it before it computes",
+        (),
+    ),
 ]
 
 REPLACED = {
     "attempts.py write": {"record.json"},
+    "device.py hold": {"device.json"},
     "launch/opening.py _begin": {"run.toml"},
     "launch/opening.py _carry_out": {"run.toml"},
     "ledger.py restore": {"ledger.jsonl"},

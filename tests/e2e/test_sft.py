@@ -21,6 +21,7 @@ from programs import (
     wait_until,
 )
 from ratchet import durable
+from ratchet.paths import RunPaths
 
 EXAMPLE = ("@", "examples/reverse_text/sft.toml")
 SMALL = (*TINY_SFT, "--max-steps", "6")
@@ -32,6 +33,27 @@ def straight(tmp_path_factory):
     root = tmp_path_factory.mktemp("straight") / "run"
     run("sft", *SMALL, "--output-dir", root, "--ckpt.interval", "2")
     return root
+
+
+def test_a_run_leaves_its_device_only_when_it_is_told_to(tmp_path):
+    """A note that it computed on a GPU stands for a driver that fails for a moment."""
+    root = tmp_path / "run"
+    first = (*SMALL, "--output-dir", root, "--ckpt.interval", "2", "--launch.max-restarts", "0")
+    at = "replace.device.json.before_rename:1"
+    process = start("sft", *first, RATCHET_CRASH_AT=at)
+    said, _ = process.communicate()
+    note = RunPaths(root).device(1, "trainer")
+    assert "was killed by signal 9" in said
+    assert not note.exists()
+    run("sft", *first)
+    note = RunPaths(root).device(2, "trainer")
+    note.write_text(note.read_text().replace('"cpu"', '"cuda"'))
+    more = (*first, "--max-steps", "8", "--ckpt.resume-step", "-1")
+    said = run("sft", *more, code=1)
+    assert "would go on on cpu" in said
+    assert last_step(root) == 6
+    run("sft", *more, "--trainer.device", "cpu")
+    assert last_step(root) == 8
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ratchet import hardware
 from ratchet.config import InferenceConfig
 from ratchet.launch import devices
 
@@ -19,7 +20,7 @@ def seen(monkeypatch, visible=None, **settings):
 def three_gpus(tmp_path, monkeypatch):
     for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(devices, "_DRIVER", tmp_path)
+    monkeypatch.setattr(hardware, "GPUS", tmp_path)
 
 
 def test_replicas_take_the_gpus_of_the_machine_in_turn(monkeypatch, three_gpus):
@@ -39,5 +40,5 @@ def test_a_single_server_and_one_on_a_cpu_see_what_the_launcher_sees(monkeypatch
     assert seen(monkeypatch)[0] is None
     assert seen(monkeypatch, replicas=2, device="cpu")[:2] == [None, None]
     assert seen(monkeypatch, "", replicas=2)[:2] == [None, None]
-    monkeypatch.setattr(devices, "_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(hardware, "GPUS", tmp_path / "none")
     assert seen(monkeypatch, replicas=2)[:2] == [None, None]

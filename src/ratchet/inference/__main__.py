@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ratchet import attempts, heartbeat, log, process
+from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_OK, Refusal
 from ratchet.inference.vllm.command import become
-from ratchet.stage import Stage
 
 
 def main() -> int:
@@ -31,7 +31,9 @@ def main() -> int:
     assignment = attempts.join(arguments.run, arguments.attempt, arguments.name, arguments.incarnation)
     log.setup("inference", assignment.config.log.level)
     with socket.socket(fileno=arguments.fd) as listener:
-        return _serve(assignment.config, listener, lambda line: log.LOGGER.info("%s", line), assignment.stage)
+        return _serve(
+            assignment.config, listener, lambda line: log.LOGGER.info("%s", line), assignment, arguments.name
+        )
 
 
 def serve(config: RLConfig) -> int:
@@ -50,19 +52,27 @@ def serve(config: RLConfig) -> int:
 
 
 def _serve(
-    config: RLConfig, listener: socket.socket, say: Callable[[str], object], stage: Stage | None = None
+    config: RLConfig,
+    listener: socket.socket,
+    say: Callable[[str], object],
+    assignment: Assignment | None = None,
+    name: str = "",
 ) -> int:
     assert config.inference is not None
+    wanted = config.inference.device
     if config.inference.engine == "vllm":
-        become(config, listener.fileno(), stage.directory if stage is not None else None)
+        become(config, listener.fileno(), assignment.stage.directory if assignment is not None else None)
     # Read by cuBLAS when it starts, so before torch is imported.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with process.imports():
+        from ratchet import device
         from ratchet.inference.serving import serve_on
 
-    if stage is not None:
-        heartbeat.start(stage)
-    serve_on(config, listener, say)
+    if assignment is None:
+        serve_on(config, listener, say, lambda chosen: say(f"computing on {device.describe(chosen)}"))
+        return EXIT_OK
+    heartbeat.start(assignment.stage)
+    serve_on(config, listener, say, lambda chosen: device.hold(assignment, name, wanted, chosen))
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 import uvicorn
 
-from ratchet import heartbeat, weights
+from ratchet import device, heartbeat, weights
 from ratchet.chat import Chat
 from ratchet.config import InferenceConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -36,14 +36,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve_on(config: RLConfig, listener: socket.socket, say: Callable[[str], object]) -> None:
+def serve_on(
+    config: RLConfig,
+    listener: socket.socket,
+    say: Callable[[str], object],
+    hold: Callable[[torch.device], object],
+) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are then answered 503, for their client to play again.
 
+    `hold` is told the device before anything is put there, and may raise.
     Raises: Refusal if the model cannot be served; whatever the engine's thread died of.
     """
     assert config.inference is not None
     make_repeatable(config.inference.threads)
-    engine, facts = load_engine(config, config.inference)
+    chosen = device.choose(config.inference.device)
+    hold(chosen)
+    engine, facts = load_engine(config, config.inference, chosen)
     asyncio.run(_serve(config, engine, facts, listener, say))
 
 
@@ -55,15 +63,14 @@ def make_repeatable(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def load_engine(config: RLConfig, settings: InferenceConfig) -> tuple[Engine, dict[str, object]]:
+def load_engine(
+    config: RLConfig, settings: InferenceConfig, device: torch.device
+) -> tuple[Engine, dict[str, object]]:
     """The engine, checked, and the facts that `/weight_info` reports about it. Raises: Refusal."""
     chat = Chat.load(config.model.tokenizer or config.model.name)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     # The engine brings its own attention: that of training need not be installed here.
     source = config.model.model_copy(update={"attention": "eager"})
-    model = build(source, seed=config.seed, device=device, dtype=getattr(torch, settings.dtype))
+    model = build(source, seed=config.seed, device=device.type, dtype=getattr(torch, settings.dtype))
     slot_model = SlotModel(model, settings.slots, checks.check_positions(model, settings.max_model_len))
     checks.check_model(slot_model)
     is_invariant = checks.is_batch_invariant(slot_model)
@@ -73,7 +80,7 @@ def load_engine(config: RLConfig, settings: InferenceConfig) -> tuple[Engine, di
         "slots": settings.slots,
         "max_model_len": slot_model.max_model_len,
         "dtype": settings.dtype,
-        "device": device,
+        "device": device.type,
         "threads": settings.threads,
         "batch_invariant": is_invariant,
         "architecture_facts": weights.facts(model.config.to_dict()),

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from ratchet import hardware
 from ratchet.config import InferenceConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def environment(settings: InferenceConfig, replica: int) -> Mapping[str, str]:
@@ -24,4 +23,4 @@ def visible() -> Sequence[str]:
     """The GPUs that this process may use, as CUDA counts them."""
     if (given := os.environ.get(VISIBLE)) is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
-    return [str(number) for number in range(len(os.listdir(_DRIVER)))] if _DRIVER.is_dir() else []
+    return [str(number) for number in range(len(hardware.gpus()))]

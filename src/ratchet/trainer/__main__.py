@@ -25,6 +25,7 @@ def main() -> int:
     assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation))
     log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
     with process.imports():
+        from ratchet import device
         from ratchet.trainer.loop import Trainer
         from ratchet.trainer.world import open_world, set_determinism
 
@@ -32,6 +33,7 @@ def main() -> int:
     trainer = assignment.config.trainer
     set_determinism(trainer.threads)
     world = open_world(trainer.device, trainer.parallel.replicate)
+    device.hold(assignment, "trainer", trainer.device, world.device, writes=world.is_first)
     try:
         Trainer(assignment, world, lambda: bool(_asked)).run()
     except Stopped:
