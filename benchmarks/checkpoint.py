@@ -29,6 +29,7 @@ import torch
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import SFTConfig
 from ratchet.models.build import build
+from ratchet.models.device import choose
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
 from ratchet.stage import Stage
@@ -198,7 +199,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     set_determinism(arguments.threads)
-    WORLD = open_world("auto")
+    WORLD = open_world(choose("auto"))
     say(
         f"{platform.machine()}, {os.cpu_count()} CPU cores, {arguments.threads} used",
         f"torch {torch.__version__}",

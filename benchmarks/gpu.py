@@ -37,6 +37,7 @@ from ratchet.inference.slots import SlotModel
 from ratchet.memory import Memory
 from ratchet.models import attention as own_attention
 from ratchet.models.build import build
+from ratchet.models.device import choose
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
 from ratchet.timeline import Timeline
@@ -548,10 +549,10 @@ def main() -> None:
         set_determinism(1)
         with tempfile.TemporaryDirectory(dir=arguments.root) as root:
             write_model(Path(root) / "model")
-            publish(Path(root), open_world("cpu"), arguments.memory_dir)
+            publish(Path(root), open_world(choose("cpu")), arguments.memory_dir)
         return
     set_determinism(8)
-    world = open_world("cuda")
+    world = open_world(choose("cuda"))
     say("device", f"{world.size} {torch.cuda.get_device_name()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=arguments.root) as root:
         write_model(Path(root) / "model")

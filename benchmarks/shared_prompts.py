@@ -17,6 +17,7 @@ import torch
 from gpu import TINY, Way, settings, write_model
 
 from ratchet.models.build import build
+from ratchet.models.device import choose
 from ratchet.trainer.packing import Example, micro_batches
 from ratchet.trainer.source import Batch
 from ratchet.trainer.update import Updater, open_updater
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     set_determinism(1)
-    world = open_world("auto")
+    world = open_world(choose("auto"))
     with tempfile.TemporaryDirectory() as directory:
         if world.device.type == "cpu":
             for prompt, longest in ((12, 20), (40, 20), (80, 40)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, config_io, durable, ledger, metrics
+from ratchet import attempts, config_io, device_notes, durable, ledger, metrics
 from ratchet.attempts import ForkedFrom, Outcome, Plan, Record
 from ratchet.config import RLConfig, RunConfig
 from ratchet.errors import EXIT_STOPPED, Refusal
@@ -83,6 +83,8 @@ def _record(source: RunPaths, paths: RunPaths, step: int, last: Record, config: 
     data = config_io.to_toml(config)
     (directory / "run.toml").write_bytes(data)
     paths.run_file.write_bytes(data)
+    for number in attempts.numbers(source):  # the newest note of each program stays
+        device_notes.copy(source.attempt(number), directory)
     is_rl = isinstance(config, RLConfig)
     stage = Stage.open(paths, attempts.token(1, "fork", 0))
     made = attempts.write(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 _STEP = re.compile(r"step_(\d+)")
 
+DEVICE = "device.json"
+
 
 def step_name(step: int) -> str:
     return f"step_{step}"
@@ -86,9 +88,9 @@ class RunPaths:
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number:03d}"
 
-    def device(self, number: int, role: str) -> Path:
-        """What a role computes on in an attempt."""
-        return self.attempt(number) / role / "device.json"
+    def device(self, number: int, name: str) -> Path:
+        """What a program computes on in an attempt."""
+        return self.attempt(number) / name / DEVICE
 
     def batch(self, step: int) -> Path:
         return self.batches / step_name(step)

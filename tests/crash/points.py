@@ -171,7 +171,7 @@ ROWS = [
 
 REPLACED = {
     "attempts.py write": {"record.json"},
-    "device.py hold": {"device.json"},
+    "models/device.py note": {"device.json"},
     "launch/opening.py _begin": {"run.toml"},
     "launch/opening.py _carry_out": {"run.toml"},
     "ledger.py restore": {"ledger.jsonl"},

@@ -40,17 +40,17 @@ def test_a_run_leaves_its_device_only_when_it_is_told_to(tmp_path):
     root = tmp_path / "run"
     first = (*SMALL, "--output-dir", root, "--ckpt.interval", "2", "--launch.max-restarts", "0")
     at = "replace.device.json.before_rename:1"
-    process = start("sft", *first, RATCHET_CRASH_AT=at)
+    process = start("sft", *first, RATCHET_CRASH_AT=at, CUDA_VISIBLE_DEVICES="")
     said, _ = process.communicate()
     note = RunPaths(root).device(1, "trainer")
     assert "was killed by signal 9" in said
     assert not note.exists()
-    run("sft", *first)
+    run("sft", *first, CUDA_VISIBLE_DEVICES="")
     note = RunPaths(root).device(2, "trainer")
     note.write_text(note.read_text().replace('"cpu"', '"cuda"'))
     more = (*first, "--max-steps", "8", "--ckpt.resume-step", "-1")
-    said = run("sft", *more, code=1)
-    assert "would go on on cpu" in said
+    said = run("sft", *more, code=1, CUDA_VISIBLE_DEVICES="")
+    assert "has computed on cuda" in said
     assert last_step(root) == 6
     run("sft", *more, "--trainer.device", "cpu")
     assert last_step(root) == 8

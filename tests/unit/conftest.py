@@ -9,11 +9,12 @@ def world():
     import torch
     import torch.distributed as dist
 
+    from ratchet.models.device import choose
     from ratchet.trainer.world import open_world, set_determinism
 
     threads = torch.get_num_threads()
     set_determinism(1)
-    yield open_world("cpu")
+    yield open_world(choose("cpu"))
     dist.destroy_process_group()
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)

@@ -39,6 +39,14 @@ def test_eager_is_left_only_where_its_mask_would_have_to_be_recorded(model, devi
     torch.testing.assert_close(states(model, 20), expected)
 
 
+def test_eager_stays_where_it_means_something_else(model):
+    """Gemma 2 caps its scores, which torch's kernel does not."""
+    model.config.model_type = "gemma2"
+    model.set_attn_implementation("eager")
+    attention.choose(model, torch.device("cuda"), torch.float32, is_recorded=True)
+    assert model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", attention.KERNELS)
 def test_transformers_takes_the_names_and_short_rows_are_computed_by_torch(model, name):
     expected = states(model, 20)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ratchet import attempts, device, hardware
-from ratchet.device import Held
-from ratchet.errors import EXIT_CRASH, EXIT_REFUSED, RatchetError
+from ratchet import attempts, device_notes, hardware
+from ratchet.errors import EXIT_CRASH, RatchetError
+from ratchet.models import device
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
 
@@ -16,83 +16,124 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
-def attempt(tmp_path, monkeypatch):
-    """Attempts of one run; a GPU has a name without being there."""
-    paths = RunPaths(tmp_path)
+def gpus(monkeypatch):
+    """Whether torch finds a GPU; it has a name without being there."""
+    found = SimpleNamespace(there=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found.there)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     monkeypatch.setattr(hardware, "processor", lambda: "EPYC")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return found
 
-    def begin(number):
-        paths.attempt(number).mkdir(parents=True)
-        (paths.attempt(number) / attempts.RECORD).touch()
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Attempts of one run, which continue at a step."""
+    paths = RunPaths(tmp_path)
+
+    def begin(number, step=2):
+        directory = paths.attempt(number)
+        directory.mkdir(parents=True)
+        (directory / attempts.RECORD).touch()
         paths.staging.mkdir(exist_ok=True)
-        return SimpleNamespace(
-            paths=paths, attempt=number, stage=Stage.open(paths, f"{number:03d}.trainer.0")
-        )
+        plan = SimpleNamespace(step=step, next_batch=step, from_checkpoint=step > 0)
+        stage = Stage.open(paths, f"{number:03d}.trainer.0")
+        return SimpleNamespace(paths=paths, attempt=number, plan=plan, stage=stage)
 
     return begin
 
 
-def hold(assignment, wanted, chosen, role="trainer"):
-    device.hold(assignment, role, wanted, chosen)
+def start(assignment, wanted="auto", name="trainer"):
+    chosen = device.choose_for(assignment, name, wanted)
+    device.note(assignment, name, chosen)
+    return chosen
 
 
-@pytest.mark.parametrize("chosen", [CPU, GPU])
-def test_a_run_goes_on_where_it_began(attempt, chosen, caplog):
-    first = attempt(1)
-    for assignment in (first, first, attempt(2)):  # started, restarted, continued
-        hold(assignment, "auto", chosen)
+@pytest.mark.parametrize(("is_there", "chosen"), [(False, CPU), (True, GPU)])
+def test_a_run_goes_on_where_it_began(attempt, gpus, is_there, chosen, caplog):
+    gpus.there = is_there
+    first = attempt(1, step=0)
+    assert [start(one) for one in (first, first, attempt(2))] == [chosen] * 3  # restarted, continued
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert first.paths.device(2, "trainer").exists()
 
 
-@pytest.mark.parametrize(
-    ("began", "found", "code", "says"),
-    [
-        (GPU, CPU, EXIT_CRASH, r"cuda \(H200\).*torch finds no GPU \(.+\).*trainer.device = \"cpu\""),
-        (CPU, GPU, EXIT_REFUSED, r"cpu \(EPYC\).*trainer.device = \"cpu\" to go on as before, or \"cuda\""),
-    ],
-)
-def test_auto_leaves_no_device_unasked(attempt, began, found, code, says, caplog):
-    hold(attempt(1), "auto", began)
+def test_a_gpu_that_is_gone_ends_the_program_like_a_crash(attempt, gpus, caplog):
+    gpus.there = True
+    first = attempt(1, step=0)
+    start(first)
+    gpus.there = False
     second = attempt(2)
-    with pytest.raises(RatchetError, match=says) as refused:
-        hold(second, "auto", found)
-    assert refused.value.exit_code == code
+    for assignment in (first, second):
+        with pytest.raises(
+            RatchetError, match=r"on cuda \(H200\), and torch finds no GPU \(.+\).*--trainer.device cpu"
+        ) as end:
+            start(assignment)
+        assert end.value.exit_code == EXIT_CRASH
     assert not second.paths.device(2, "trainer").exists()
-    hold(second, found.type, found)  # named by the user
-    assert "not the same bits" in caplog.text
-    hold(attempt(3), "auto", found)  # where it has been moved to
+    assert start(second, "cpu") == CPU
+    assert "computing on cpu (EPYC) from here on, on cuda (H200) before" in caplog.text
+    gpus.there = True
+    assert start(attempt(3)) == CPU  # where it has been moved to
 
 
-def test_another_model_of_the_same_kind_is_said(attempt, caplog, monkeypatch):
-    hold(attempt(1), "auto", GPU)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "B200")
-    hold(attempt(2), "auto", GPU)
-    assert "computing on cuda (B200) from here on, on cuda (H200) before" in caplog.text
+def test_a_gpu_that_has_come_is_left_alone(attempt, gpus):
+    start(attempt(1, step=0))
+    gpus.there = True
+    assert start(attempt(2)) == CPU
+    assert start(attempt(3), "cuda") == GPU
 
 
-def test_each_role_has_its_own(attempt):
-    assignment = attempt(1)
-    hold(assignment, "auto", GPU)
-    hold(assignment, "auto", CPU, role="inference")
-    hold(assignment, "auto", CPU, role="inference")
+@pytest.mark.parametrize(("began", "continued"), [(CPU, GPU), (GPU, CPU)])
+def test_an_attempt_of_which_nothing_is_left_binds_no_other(attempt, gpus, began, continued):
+    gpus.there = began == GPU
+    assert start(attempt(1, step=0)) == began
+    gpus.there = continued == GPU
+    assert start(attempt(2, step=0)) == continued
 
 
-def test_a_rank_that_is_not_the_first_looks_and_does_not_write(attempt):
-    first = attempt(1)
-    device.hold(first, "trainer", "auto", GPU, writes=False)
-    assert not first.paths.device(1, "trainer").exists()
-    hold(first, "auto", GPU)
-    with pytest.raises(RatchetError, match="would go on on cpu"):
-        device.hold(first, "trainer", "auto", CPU, writes=False)
+def test_servers_go_on_where_one_of_them_did(attempt, gpus):
+    gpus.there = True
+    assignment = attempt(1, step=0)
+    start(assignment, name="inference")
+    gpus.there = False
+    assert start(assignment) == CPU  # the trainer is another role
+    with pytest.raises(RatchetError, match="inference of this run has computed on cuda"):
+        start(attempt(2), name="inference_1")
 
 
-def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, caplog, tmp_path):
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"\xff", b'{"type": "\xff"}'])
+def test_a_note_that_cannot_be_read_does_not_count(attempt, gpus, damaged, caplog):
+    gpus.there = True
+    first = attempt(1, step=0)
+    start(first)
+    first.paths.device(1, "trainer").write_bytes(damaged)
+    gpus.there = False
+    assert start(attempt(2)) == CPU
+    assert "cannot be read" in caplog.text
+
+
+def test_notes_are_copied_with_an_attempt(attempt, gpus, tmp_path):
+    assignment = attempt(1, step=0)
+    start(assignment)
+    start(assignment, name="inference")
+    target = RunPaths(tmp_path / "copy")
+    target.attempt(4).mkdir(parents=True)
+    (target.attempt(4) / attempts.RECORD).touch()
+    device_notes.copy(assignment.paths.attempt(1), target.attempt(4))
+    for role in ("trainer", "inference"):
+        assert str(device_notes.newest(target, role, since=0)) == "cpu (EPYC)"
+
+
+def test_each_rank_has_a_gpu_of_its_own(gpus, monkeypatch):
+    gpus.there = True
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.choose("auto") == torch.device("cuda", 3)
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(gpus, monkeypatch, caplog, tmp_path):
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 5\n")
     monkeypatch.setattr(hardware, "GPUS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("driver too old\nmore"))
     )
@@ -115,7 +156,3 @@ def test_the_processor_has_a_name(monkeypatch, tmp_path):
     assert hardware.processor() == "AMD EPYC"
     monkeypatch.setattr(hardware, "_PROCESSORS", tmp_path / "none")
     assert hardware.processor()
-
-
-def test_held_reads_well():
-    assert str(Held("cuda", "H200")) == "cuda (H200)"

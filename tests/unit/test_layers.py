@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 
 LAYERS = [
-    {"records", "errors", "paths", "rng"},
+    {"records", "errors", "hardware", "paths", "rng"},
     {"config", "config_io", "durable", "heartbeat", "hub", "lane", "log", "nursery", "process", "stage"},
     {
         "attempts",
@@ -21,6 +21,7 @@ LAYERS = [
         "digest",
         "journal",
         "compare",
+        "device_notes",
         "fork",
         "ledger",
         "memory",

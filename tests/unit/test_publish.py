@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ratchet import durable, weights
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig
+from ratchet.models.device import choose
 from ratchet.timeline import Timeline
 from ratchet.trainer import publish
 from ratchet.trainer.publish import Publisher
@@ -22,7 +23,7 @@ from training import Run, settings
 
 @pytest.fixture
 def run(tmp_path):
-    world = open_world("cpu")
+    world = open_world(choose("cpu"))
     run = Run(tmp_path, world, settings())
     run.paths.weights.mkdir()
     yield run

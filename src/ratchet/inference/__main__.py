@@ -65,14 +65,17 @@ def _serve(
     # Read by cuBLAS when it starts, so before torch is imported.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with process.imports():
-        from ratchet import device
         from ratchet.inference.serving import serve_on
+        from ratchet.models import device
 
     if assignment is None:
-        serve_on(config, listener, say, lambda chosen: say(f"computing on {device.describe(chosen)}"))
-        return EXIT_OK
-    heartbeat.start(assignment.stage)
-    serve_on(config, listener, say, lambda chosen: device.hold(assignment, name, wanted, chosen))
+        chosen = device.choose(wanted)
+        say(f"computing on {device.describe(chosen)}")
+    else:
+        heartbeat.start(assignment.stage)
+        chosen = device.choose_for(assignment, name, wanted)
+        device.note(assignment, name, chosen)
+    serve_on(config, listener, say, chosen)
     return EXIT_OK
 
 

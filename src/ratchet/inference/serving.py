@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 import uvicorn
 
-from ratchet import device, heartbeat, weights
+from ratchet import heartbeat, weights
 from ratchet.chat import Chat
 from ratchet.config import InferenceConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -40,18 +40,15 @@ def serve_on(
     config: RLConfig,
     listener: socket.socket,
     say: Callable[[str], object],
-    hold: Callable[[torch.device], object],
+    device: torch.device,
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are then answered 503, for their client to play again.
 
-    `hold` is told the device before anything is put there, and may raise.
     Raises: Refusal if the model cannot be served; whatever the engine's thread died of.
     """
     assert config.inference is not None
     make_repeatable(config.inference.threads)
-    chosen = device.choose(config.inference.device)
-    hold(chosen)
-    engine, facts = load_engine(config, config.inference, chosen)
+    engine, facts = load_engine(config, config.inference, device)
     asyncio.run(_serve(config, engine, facts, listener, say))
 
 

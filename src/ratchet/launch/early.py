@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 
 MODULES = {"trainer": "ratchet.trainer.loop", "inference": "ratchet.inference.serving"}
 """What a program of each role imports, of those that need torch."""
-MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**26}:glibc.malloc.trim_threshold={2**40}"
-"""glibc keeps what a step frees, in large pages, for the next one, which needs as much again; from 64 MiB on a tensor
-still goes back. Without it a step of small tensors gives most of its memory back and faults it in anew."""
+MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**25}:glibc.malloc.trim_threshold={2**40}"
+"""glibc keeps what a step frees, in large pages, for the next one, which needs as much again; from 32 MiB on a
+tensor still goes back (a higher bound is refused by versions before 2.35, the rest not). Without it a step of small
+tensors gives most of its memory back and faults it in anew."""
 _ROOM = 1024
 """Bytes for the command lines of what is forked, besides the path of the interpreter."""
 
@@ -47,7 +48,7 @@ def begin(modules: Iterable[str], words: Sequence[str]) -> Begun:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=child_environment(threads=1),
+                env=child_environment(threads=1, keeps_memory=True),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -68,10 +69,11 @@ def begin_for(roles: Iterable[str]) -> Begun | None:
         return None
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """Fixed thread counts, who the parent is (see `process.die_with_parent`), and how memory is kept, unless the user
-    says how."""
+def child_environment(threads: int, *, keeps_memory: bool = False) -> dict[str, str]:
+    """Fixed thread counts, who the parent is (see `process.die_with_parent`), and that freed memory is kept, unless the
+    user says how it is allocated."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     fixed = {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
     own = {"RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    return {"GLIBC_TUNABLES": MEMORY, **os.environ, **fixed, **own}
+    kept = {"GLIBC_TUNABLES": MEMORY} if keeps_memory else {}
+    return {**kept, **os.environ, **fixed, **own}

@@ -22,7 +22,7 @@ from ratchet import heartbeat
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from ratchet.launch import notes
 from ratchet.launch.births import Nursery, Process
-from ratchet.launch.early import child_environment
+from ratchet.launch.early import MODULES, child_environment
 from ratchet.launch.restarts import Pulse
 from ratchet.nursery import Order
 
@@ -92,7 +92,7 @@ class Program:
             order = Order(
                 module=f"ratchet.{recipe.role}",
                 arguments=[str(run), str(attempt), str(incarnation), *recipe.arguments],
-                environment=child_environment(recipe.threads)
+                environment=child_environment(recipe.threads, keeps_memory=recipe.role in MODULES)
                 | rank_environment(rank, recipe.ranks, workshop)
                 | {**recipe.environment},
                 log=str(recipe.log),

@@ -22,7 +22,8 @@ def replay(root: Path) -> int:
         ranks = [
             subprocess.Popen(
                 command,
-                env=child_environment(trainer.threads) | rank_environment(rank, all_here, Path(folder)),
+                env=child_environment(trainer.threads, keeps_memory=True)
+                | rank_environment(rank, all_here, Path(folder)),
             )
             for rank in all_here.own
         ]

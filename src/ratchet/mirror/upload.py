@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, batchlog, checkpoint, durable, ledger, metrics
+from ratchet import attempts, batchlog, checkpoint, device_notes, durable, ledger, metrics
 from ratchet.attempts import Assignment
 from ratchet.config import CkptConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -119,6 +119,7 @@ def _copy_attempt(source: RunPaths, paths: RunPaths, number: int) -> list[FileEn
     target.mkdir(parents=True)
     for name in (attempts.RECORD, "run.toml"):
         shutil.copyfile(source.attempt(number) / name, target / name)
+    device_notes.copy(source.attempt(number), target)
     return [*_describe(paths.root, target)]
 
 

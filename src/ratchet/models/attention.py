@@ -28,6 +28,8 @@ FLASH, FLEX, PLAIN = "ratchet_fa4", "ratchet_flex", "ratchet_sdpa"
 """Names for transformers, which takes every name with `flash` in it for a kernel of its own."""
 SHORTEST = 1024
 """Shorter rows have too little attention to gain from another kernel."""
+ORDINARY = {"llama", "mistral", "qwen2", "qwen3"}
+"""Model types whose attention is a softmax of scaled products, without caps or sinks, which only `eager` knows."""
 CLOSE = 0.02
 """How far a kernel that is tried out may be from torch's: three units in the last place of bf16 near 1."""
 
@@ -41,10 +43,12 @@ def choose(
 
     Where passes are recorded and none is, torch's own takes its place by another name: of `sdpa` transformers computes
     a dense mask while a graph is recorded, so other kernels would be recorded than were tried. It also takes the place
-    of `eager` on a GPU then: that mask has its zero from the host, which a graph cannot read.
+    of `eager` on a GPU then, for models in which both mean the same: eager's mask has its zero from the host, which a
+    graph cannot read.
     """
     asked = getattr(model.config, "_attn_implementation", None)
-    if asked == "eager" and is_recorded and device.type == "cuda":
+    means_the_same = getattr(model.config, "model_type", "") in ORDINARY
+    if asked == "eager" and is_recorded and device.type == "cuda" and means_the_same:
         LOGGER.info("attention: sdpa in place of eager, whose mask cannot be recorded")
     elif asked != "sdpa":
         return

@@ -25,15 +25,17 @@ def main() -> int:
     assignment = attempts.join(Path(root), int(attempt), "trainer", int(incarnation))
     log.setup("trainer" if rank == 0 else f"trainer.{rank}", assignment.config.log.level)
     with process.imports():
-        from ratchet import device
+        from ratchet.models import device
         from ratchet.trainer.loop import Trainer
         from ratchet.trainer.world import open_world, set_determinism
 
     heartbeat.start(assignment.stage, rank)
     trainer = assignment.config.trainer
     set_determinism(trainer.threads)
-    world = open_world(trainer.device, trainer.parallel.replicate)
-    device.hold(assignment, "trainer", trainer.device, world.device, writes=world.is_first)
+    chosen = device.choose_for(assignment, "trainer", trainer.device)
+    world = open_world(chosen, trainer.parallel.replicate)
+    if world.is_first:
+        device.note(assignment, "trainer", world.device)
     try:
         Trainer(assignment, world, lambda: bool(_asked)).run()
     except Stopped:

@@ -20,6 +20,7 @@ from ratchet import attempts, checkpoint, durable, log, metrics, process
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
+from ratchet.models.device import choose
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
@@ -156,7 +157,7 @@ def main() -> int:
         RunPaths(root), attempts.read(RunPaths(root), attempts.numbers(RunPaths(root))[-1])
     )
     set_determinism(config.trainer.threads)
-    world = open_world(config.trainer.device, config.trainer.parallel.replicate)
+    world = open_world(choose(config.trainer.device), config.trainer.parallel.replicate)
     replay = Replay(root, world)
     counts = {"row": 0, "checkpoint": 0}
     different = []

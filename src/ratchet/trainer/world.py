@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from ratchet.device import choose
-
 PATIENCE = timedelta(days=30)
 """Rank 0 may wait for a batch as long as it takes to sample one; the others wait for rank 0."""
 
@@ -79,13 +77,12 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def open_world(wanted_device: str, replicate: int = 1) -> World:
-    """Join the other ranks. A single rank needs no port: it talks to itself in memory.
+def open_world(device: torch.device, replicate: int = 1) -> World:
+    """Join the other ranks, on this rank's device. A single rank needs no port: it talks to itself in memory.
 
     The mesh has one dimension (FSDP), or, with `replicate` copies of the model, two (HSDP).
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
