@@ -41,6 +41,14 @@ def test_an_asynchronous_run_is_a_function_of_its_batches_and_replay_writes_noth
     assert "steps 0 to 8 trained again: 8 rows and 4 checkpoints compared, 0 different" in said
 
 
+def test_a_run_on_a_gpu_is_not_replayed_without_one(finished, tmp_path):
+    root = copy(finished, tmp_path)
+    note = RunPaths(root).device(2, "trainer")
+    note.write_text(note.read_text().replace('"cpu"', '"cuda"'))
+    said = run("trainer", "--replay", root, code=2, CUDA_VISIBLE_DEVICES="")
+    assert "a CPU gives other bits" in said
+
+
 def test_a_row_that_does_not_follow_from_the_batches_is_found(finished, tmp_path):
     root = copy(finished, tmp_path)
     path = RunPaths(root).metric("trainer")

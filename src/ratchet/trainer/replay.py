@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from ratchet import attempts, checkpoint, durable, log, metrics, process
+from ratchet import attempts, checkpoint, device_notes, durable, log, metrics, process
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
@@ -148,8 +148,21 @@ def _row_difference(found: dict[str, Any], recorded: dict[str, Any]) -> str:
     return ", ".join(f"{key} {found.get(key)!r} (recorded {recorded.get(key)!r})" for key in keys[:3])
 
 
+def _device(paths: RunPaths, wanted: str) -> torch.device:
+    """What the trainer computed on last, if it was noted. Raises: Refusal where it is not here"""
+    held = device_notes.newest(paths, "trainer", since=0)
+    if held is None:
+        return choose(wanted)
+    if held.type == "cuda" and not torch.cuda.is_available():
+        raise Refusal(
+            f"The trainer of this run computed on {held}, and torch finds no GPU: a CPU gives other bits, so replay it "
+            "where there is one."
+        )
+    return choose(held.type)
+
+
 def main() -> int:
-    """Exit 0 if everything is equal, 1 with what differs otherwise."""
+    """Exit 0 if everything is equal, 1 with what differs otherwise. Raises: Refusal"""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     root = Path(sys.argv[1])
     log.setup("replay")
@@ -157,7 +170,7 @@ def main() -> int:
         RunPaths(root), attempts.read(RunPaths(root), attempts.numbers(RunPaths(root))[-1])
     )
     set_determinism(config.trainer.threads)
-    world = open_world(choose(config.trainer.device), config.trainer.parallel.replicate)
+    world = open_world(_device(RunPaths(root), config.trainer.device), config.trainer.parallel.replicate)
     replay = Replay(root, world)
     counts = {"row": 0, "checkpoint": 0}
     different = []
