@@ -1,10 +1,7 @@
 """Programs that compute keep the memory that a step frees: a child of theirs takes each page once."""
 
-import platform
 import subprocess
 import sys
-
-import pytest
 
 from ratchet.launch.early import child_environment
 
@@ -33,7 +30,6 @@ def faults():
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_what_a_step_frees_the_next_one_does_not_fault_in_again(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert faults() < 100

@@ -62,8 +62,8 @@ class TrainerConfig(BaseConfig):
     """Compile the decoder layers (torch.compile). Micro-batches are padded to few shapes, each compiled once."""
     cuda_graphs: Announced[bool] = False
     """Record the passes over a micro-batch of each shape as one CUDA graph, so that the host launches them by one call.
-    Micro-batches are padded to few shapes. For one process on one GPU, with `activation_checkpointing = "none"`; in
-    place of `attention = "eager"` it has `sdpa` there."""
+    Micro-batches are padded to few shapes. For one process on one GPU, with `activation_checkpointing = "none"`; of
+    the models that are known it takes `sdpa` in place of `attention = "eager"` there."""
     nproc: Announced[Positive] = 1
     """Trainer processes on a machine, over which the model is sharded; a GPU each, where there are GPUs."""
     nnodes: Announced[Positive] = 1
