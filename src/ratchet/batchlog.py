@@ -52,6 +52,11 @@ def publish(
     return stage.commit(directory, stage.paths.batch(step), manifest)
 
 
+def payload(manifest: Manifest) -> str:
+    """The digest of what a batch is: its samples and the state after them, whoever published it and when."""
+    return durable.payload_digest(f for f in manifest.files if f.name in (SAMPLES, STATE))
+
+
 def is_ready(paths: RunPaths, step: int) -> bool:
     """Whether batch `step` is published; looks at one path, so that waiting for it costs nothing."""
     return (paths.batch(step) / durable.MANIFEST).exists()

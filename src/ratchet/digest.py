@@ -11,6 +11,7 @@ from ratchet.records import FileEntry, Manifest
 
 # DCP's own index holds the path and a random id of each save; the shards beside it hold the state.
 _NOT_PAYLOAD = {f"{checkpoint.TRAINER}/.metadata"}
+_PRUNED = ("batches", "checkpoints", "weights")
 
 
 def _hash(value: Any) -> str:
@@ -22,9 +23,7 @@ def _payload(files: tuple[FileEntry, ...]) -> str:
 
 
 def _batch(directory: Path, manifest: Manifest) -> str:
-    hashes = {f.name: f.xxh3 for f in manifest.files}
-    row = metrics.exact(batchlog.read_metrics(directory))
-    return _hash([hashes[batchlog.SAMPLES], hashes[batchlog.STATE], row])
+    return _hash([batchlog.payload(manifest), metrics.exact(batchlog.read_metrics(directory))])
 
 
 def parts(root: Path) -> dict[str, str]:
@@ -48,18 +47,19 @@ def parts(root: Path) -> dict[str, str]:
 def result(found: dict[str, str]) -> dict[str, str]:
     """The parts that must be equal in two equal runs.
 
-    Of checkpoints and weights these are the newest: which others are there depends on when a run was stopped, and
-    on how far a server was behind. What led to the newest is in the batches and the rows.
+    Of batches, checkpoints and weights these are the newest: which others are there depends on when a run was stopped
+    (a checkpoint is saved there), and on how far a server was behind. What led to the newest is in the ledger, whose
+    lines hold the digest of each batch, and in the rows.
     """
     newest: dict[str, int] = {}
     for name in found:
         root, _, last = name.partition("/")
-        if root in ("checkpoints", "weights"):
+        if root in _PRUNED:
             newest[root] = max(newest.get(root, 0), parse_step(last) or 0)
     keep = {f"{root}/{step_name(step)}" for root, step in newest.items()}
     return {n: d for n, d in found.items() if n.partition("/")[0] not in newest or n in keep}
 
 
 def run_digest(root: Path) -> str:
-    """Equal for two runs whose batches, evaluations, rows, ledger, final weights and final checkpoint are equal."""
+    """Equal for two runs whose ledger, rows, evaluations, and newest batch, weights and checkpoint are equal."""
     return _hash(result(parts(root)))

@@ -31,8 +31,8 @@ class Trained(msgspec.Struct, frozen=True, array_like=True):
     samples: int
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What one batch did with the draws. `step` is the batch: it leads to policy step + 1."""
+class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one batch holds and did with the draws. `step` is the batch: it leads to policy step + 1."""
 
     step: int
     trained: list[Trained]
@@ -41,7 +41,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     next_draw: int
     """Every draw below was made by the time of this batch."""
     tokens: int
-    hash: str = ""
+    payload: str = ""
+    """Of the batch's samples and state (`batchlog.payload`): what it was stays proved when it is gone. Empty in lines
+    that were written before there was this field."""
+    hash: str
 
     @property
     def samples(self) -> int:
@@ -84,7 +87,7 @@ def read_state(data: bytes) -> State:
         raise Damaged(f"An orchestrator's state does not parse ({error}).") from None
 
 
-def line(step: int, samples: list[Sample], state: bytes) -> Line:
+def line(step: int, samples: list[Sample], state: bytes, payload: str) -> Line:
     """The line of batch `step`, not chained yet: a function of what the batch holds."""
     after = read_state(state)
     sizes = Counter(sample.draw for sample in samples)
@@ -95,13 +98,22 @@ def line(step: int, samples: list[Sample], state: bytes) -> Line:
         dropped=sorted(after.drops_of_batch),
         next_draw=after.next_draw,
         tokens=sum(len(sample.token_ids) for sample in samples),
+        payload=payload,
+        hash="",
     )
 
 
 def line_of(paths: RunPaths, step: int) -> Line:
     """The line of a batch that is still there, every byte of it verified. Raises: Damaged."""
-    samples, _ = batchlog.read(paths, step)
-    return line(step, samples, (paths.batch(step) / batchlog.STATE).read_bytes())
+    samples, manifest = batchlog.read(paths, step)
+    state = (paths.batch(step) / batchlog.STATE).read_bytes()
+    return line(step, samples, state, batchlog.payload(manifest))
+
+
+def agrees(stated: Line, made: Line) -> bool:
+    """Whether a line of the ledger is the one that was made from its batch again; an older one has no payload."""
+    bare = msgspec.structs.replace(stated, hash="")
+    return bare == (made if stated.payload else msgspec.structs.replace(made, payload=""))
 
 
 def chained(entry: Line, before: str) -> Line:

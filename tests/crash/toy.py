@@ -158,7 +158,7 @@ def emit(stage, paths, step, attempt, rollouts):
     envs = [{"label": "toy", "drawn": drawn}]
     state = msgspec.json.encode({"drawn": drawn, "next_draw": drawn, "progress": totals, "envs": envs})
     samples = [rollouts.take(drawn - 1)]
-    batchlog.publish(
+    manifest = batchlog.publish(
         stage,
         step=step,
         attempt=attempt,
@@ -170,7 +170,7 @@ def emit(stage, paths, step, attempt, rollouts):
     durable.crash_point("toy.before_row")
     metrics.append(stage, paths.metric("orchestrator"), row, flush=True)
     durable.crash_point("toy.before_line")
-    ledger.append(stage, ledger.line(step, samples, state))
+    ledger.append(stage, ledger.line(step, samples, state, batchlog.payload(manifest)))
     rollouts.settle(drawn)
 
 

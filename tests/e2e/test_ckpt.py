@@ -69,6 +69,20 @@ def test_a_finished_run_is_clean(finished):
     assert "16 draws = 16 trained + 0 dropped + 0 in flight; 0 skipped, 0 duplicated" in said
 
 
+def test_a_digest_is_the_same_whichever_batches_are_still_there(finished, copy):
+    forget_batches(copy)
+    assert run_digest(copy) == run_digest(finished)
+
+
+@pytest.mark.slow
+def test_a_digest_is_the_same_whichever_checkpoints_were_saved(finished, tmp_path):
+    """As a run that saved once more, when it was stopped, and therefore keeps later batches."""
+    often = (*COMMAND[:-4], "--ckpt.interval", "1", "--ckpt.keep-last", "1")
+    run("rl", *often, "--output-dir", tmp_path)
+    assert not RunPaths(tmp_path).batch(2).exists()
+    assert run_digest(tmp_path) == run_digest(finished)
+
+
 def test_the_ledger_proves_what_retention_deleted(copy):
     forget_batches(copy)
     report = ask("audit", copy)

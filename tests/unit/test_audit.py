@@ -1,5 +1,7 @@
 """The audit on a run made by hand: five draws in one batch's time, each with another fate."""
 
+import shutil
+
 import msgspec
 import pytest
 
@@ -33,29 +35,36 @@ def sample(draw, env):
     )
 
 
+ROW = {"step": 1, "progress/total_samples": 2, "progress/total_tokens": 4}
+
+
+def publish(stage, samples=None, **more):
+    """Batch 0; `more` changes the state."""
+    totals = {"step": 1, "total_samples": 2, "total_tokens": 4, "total_problems": 2}
+    ready = [{"draw": 4, "samples": [msgspec.to_builtins(sample(4, "a"))]}]
+    state = {"progress": totals, "next_draw": 5, "ready": ready, **HELD, **more}
+    batchlog.publish(
+        stage,
+        step=0,
+        attempt=1,
+        samples=samples or [sample(0, "a"), sample(1, "b")],
+        state=msgspec.json.encode(state),
+        metrics=ROW,
+        oldest_served=0,
+    )
+
+
 @pytest.fixture
 def make(tmp_path):
     """Draws 0 and 1 are trained, 2 dropped, 3 running, 4 ready; `more` changes the state."""
 
-    def made(samples=None, **more):
+    def made(**more):
         paths = RunPaths(tmp_path)
         for directory in (paths.staging, paths.batches, paths.metrics):
             directory.mkdir()
         stage = Stage.open(paths, "001.orchestrator.1")
-        totals = {"step": 1, "total_samples": 2, "total_tokens": 4, "total_problems": 2}
-        ready = [{"draw": 4, "samples": [msgspec.to_builtins(sample(4, "a"))]}]
-        state = {"progress": totals, "next_draw": 5, "ready": ready, **HELD, **more}
-        row = {"step": 1, "progress/total_samples": 2, "progress/total_tokens": 4}
-        batchlog.publish(
-            stage,
-            step=0,
-            attempt=1,
-            samples=samples or [sample(0, "a"), sample(1, "b")],
-            state=msgspec.json.encode(state),
-            metrics=row,
-            oldest_served=0,
-        )
-        metrics.append(stage, paths.metric("orchestrator"), row)
+        publish(stage, **more)
+        metrics.append(stage, paths.metric("orchestrator"), ROW)
         ledger.append(stage, ledger.line_of(paths, 0))
         return paths
 
@@ -96,6 +105,15 @@ def test_wrong_totals_are_named(make):
     paths.metric("trainer").write_bytes(msgspec.json.encode(row) + b"\n")
     (finding,) = audit(paths).findings
     assert "trainer's row of step 1 states total_samples 3, the ledger adds up to 2" in finding.detail
+
+
+def test_a_batch_that_was_published_anew_with_another_logprob_is_named(make):
+    paths = make()
+    changed = msgspec.structs.replace(sample(0, "a"), logprobs=[0.0, -0.25])
+    shutil.rmtree(paths.batch(0))
+    publish(Stage.open(paths, "002.orchestrator.1"), [changed, sample(1, "b")])
+    (finding,) = audit(paths).findings
+    assert "the line of batch 0 is not what the batch holds" in finding.detail
 
 
 def test_a_batch_whose_line_was_not_appended_yet_is_no_problem(make):

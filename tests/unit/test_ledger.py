@@ -10,7 +10,7 @@ from ratchet.records import Sample
 from ratchet.stage import Stage
 
 
-def sample(draw, rollout, tokens=2):
+def sample(draw, rollout, tokens=2, logprob=-0.5):
     return Sample(
         env="letters",
         task=f"train/{draw * 10}",
@@ -18,7 +18,7 @@ def sample(draw, rollout, tokens=2):
         rollout=rollout,
         token_ids=[1] * tokens,
         mask=[True] * tokens,
-        logprobs=[-0.5] * tokens,
+        logprobs=[logprob] * tokens,
         versions=[],
         reward=1.0,
         advantage=0.0,
@@ -31,26 +31,30 @@ def state(step, **more):
     return msgspec.json.encode({"progress": totals, "next_draw": 3 * (step + 1), **more})
 
 
-def publish(stage, step):
+def publish(stage, step, logprob=-0.5):
     """Batch `step`: draws 3k and 3k+1 with 2 and 1 samples; draw 3k+2 was dropped."""
     first = 3 * step
     batchlog.publish(
         stage,
         step=step,
         attempt=1,
-        samples=[sample(first, 0), sample(first, 1), sample(first + 1, 0, tokens=5)],
+        samples=[sample(first, 0, logprob=logprob), sample(first, 1), sample(first + 1, 0, tokens=5)],
         state=state(step, drops_of_batch=[[first + 2, "failed"]]),
         metrics={"step": step + 1},
         oldest_served=0,
     )
 
 
-@pytest.fixture
-def stage(tmp_path):
-    paths = RunPaths(tmp_path)
+def opened(root):
+    paths = RunPaths(root)
     for directory in (paths.staging, paths.batches):
         directory.mkdir()
     return Stage.open(paths, "001.orchestrator.1")
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return opened(tmp_path)
 
 
 @pytest.fixture
@@ -75,6 +79,31 @@ def test_a_line_says_what_a_batch_did_with_its_draws(written):
     ]
     assert second.dropped == [(5, "failed")]
     assert (second.step, second.next_draw, second.samples, second.tokens) == (1, 6, 3, 9)
+
+
+def test_the_chain_tells_batches_apart_that_differ_in_one_logprob(written, tmp_path_factory):
+    other = opened(tmp_path_factory.mktemp("other"))
+    for step in range(4):
+        publish(other, step, logprob=-0.5 if step else -0.25)
+        ledger.append(other, ledger.line_of(other.paths, step))
+        other.remove(other.paths.batch(step))
+    mine, others = ledger.raw_lines(written), ledger.raw_lines(other.paths.ledger)
+    assert all(a != b for a, b in zip(mine, others, strict=True))
+    assert ledger.chain_end(written) != ledger.chain_end(other.paths.ledger)
+
+
+def test_a_line_from_before_there_were_payloads_is_sound_and_still_of_its_batch(stage, written):
+    older = []
+    for entry, _ in ledger.checked(written):
+        before = older[-1].hash if older else ""
+        older.append(ledger.chained(msgspec.structs.replace(entry, payload=""), before))
+    assert b"payload" not in ledger.encode(older[0])
+    written.write_bytes(b"".join(map(ledger.encode, older[:3])))
+    ledger.restore(stage, 4)
+    found = [entry for entry, _ in ledger.checked(written)]
+    assert not problems(written)
+    assert [bool(entry.payload) for entry in found] == [False, False, False, True]
+    assert all(ledger.agrees(entry, ledger.line_of(stage.paths, step)) for step, entry in enumerate(found))
 
 
 def test_an_edited_line_breaks_the_chain(written):
@@ -144,10 +173,10 @@ def test_a_damaged_line_stays_for_the_audit_and_the_run_goes_on(stage, written):
 
 
 def test_the_chain_goes_on_after_a_line_longer_than_one_read(stage, written):
-    huge = ledger.line(4, [sample(draw, 0) for draw in range(100, 9000)], state(4))
+    huge = ledger.line(4, [sample(draw, 0) for draw in range(100, 9000)], state(4), "4")
     assert len(ledger.encode(huge)) > 4 * 2**16
     ledger.append(stage, huge)
-    ledger.append(stage, ledger.line(5, [sample(9001, 0)], state(5)))
+    ledger.append(stage, ledger.line(5, [sample(9001, 0)], state(5), "5"))
     assert not problems(written)
 
 

@@ -182,7 +182,7 @@ class Orchestrator:
         self, step: int, samples: list[Sample], state: bytes, row: metrics.Row, oldest_served: int
     ) -> None:
         stage = self._run.stage
-        batchlog.publish(
+        manifest = batchlog.publish(
             stage,
             step=step,
             attempt=self._run.attempt,
@@ -193,7 +193,7 @@ class Orchestrator:
             temperature=self._config.orchestrator.sampling.temperature,
         )
         metrics.append(stage, stage.paths.metric("orchestrator"), row, flush=True)
-        ledger.append(stage, ledger.line(step, samples, state))
+        ledger.append(stage, ledger.line(step, samples, state, batchlog.payload(manifest)))
 
     async def _adopt_next(self, tasks: asyncio.TaskGroup) -> bool:
         """Adopt the next policy if it is published and nothing holds the servers at this one."""
