@@ -30,7 +30,7 @@ from ratchet.journal import Entry, Journal
 from ratchet.launch.opening import Attempt, open_attempt
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.scheduler import Batch, EnvShare, Group, Rules, Scheduler
-from ratchet.records import Progress, Sample, VersionSpan
+from ratchet.records import Manifest, Progress, Sample, VersionSpan
 from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 
@@ -137,11 +137,11 @@ class Life:
             self._journal.sync()
             self._journal.trim(self._journal.release(unsettled))
         with self._part("batch: publish", step):
-            publish(stage, step, samples, state, row)
+            manifest = publish(stage, step, samples, state, row)
         with self._part("metrics: append", step):
             metrics.append(stage, self.paths.metric("orchestrator"), row, flush=True)
         with self._part("ledger: append", step):
-            ledger.append(stage, ledger.line(step, samples, state))
+            ledger.append(stage, ledger.line(manifest, samples, state))
         Timeline(stage).add("batch", step + 1, 0.0)
 
     def _train(self, step: int) -> None:
@@ -199,8 +199,8 @@ class Life:
         )
 
 
-def publish(stage: Stage, step: int, samples: list[Sample], state: bytes, row: metrics.Row) -> None:
-    batchlog.publish(
+def publish(stage: Stage, step: int, samples: list[Sample], state: bytes, row: metrics.Row) -> Manifest:
+    return batchlog.publish(
         stage, step=step, attempt=1, samples=samples, state=state, metrics=row, oldest_served=max(0, step - 1)
     )
 
@@ -273,9 +273,9 @@ def batch_costs(root: Path, size: int) -> dict[str, float]:
         at.append(time.process_time())
         row = exact_row(Batch(step, groups, {}), samples, Progress())
         at.append(time.process_time())
-        publish(stage, step, samples, state.state(), row)
+        manifest = publish(stage, step, samples, state.state(), row)
         at.append(time.process_time())
-        ledger.append(stage, ledger.line(step, samples, state.state()))
+        ledger.append(stage, ledger.line(manifest, samples, state.state()))
         at.append(time.process_time())
         batchlog.read(life.paths, step)
         at.append(time.process_time())

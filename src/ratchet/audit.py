@@ -128,6 +128,11 @@ def _read_ledger(paths: RunPaths, report: Report) -> dict[int, Line]:
         lines[entry.step] = entry
     if lines:
         report.ledger_range = min(lines), max(lines)
+    if bare := [step for step, entry in lines.items() if not entry.payload]:
+        report.notes.append(
+            f"the lines of batches {min(bare)} to {max(bare)} are of an older version, without the digest of what was "
+            "sampled: that is not proved"
+        )
     return lines
 
 
@@ -164,9 +169,11 @@ def _compare_batches(
 def _difference(step: int, stated: Line, made: Line) -> Finding:
     trained = {*stated.trained} ^ {*made.trained}
     dropped = {*stated.dropped} ^ {*made.dropped}
+    has_same_draws = not trained and not dropped and stated.tokens == made.tokens
+    what = ": another token, logprob or reward, or another state after it" if has_same_draws else ""
     return Finding(
         "ledger",
-        f"the line of batch {step} is not what the batch holds.",
+        f"the line of batch {step} is not what the batch holds{what}.",
         sorted({group.draw for group in trained} | {draw for draw, _ in dropped}),
         sorted({f"{group.env}/{group.task}" for group in trained}),
     )

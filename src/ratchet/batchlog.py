@@ -53,7 +53,10 @@ def publish(
 
 
 def payload(manifest: Manifest) -> str:
-    """The digest of what a batch is: its samples and the state after them, whoever published it and when."""
+    """The digest of what a batch is: its samples and the state after them, whoever published it and when.
+
+    Its row is a file of its own, in metrics/, and has figures of a clock.
+    """
     return durable.payload_digest(f for f in manifest.files if f.name in (SAMPLES, STATE))
 
 

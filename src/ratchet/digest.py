@@ -6,12 +6,11 @@ from typing import Any
 import msgspec
 
 from ratchet import batchlog, checkpoint, durable, ledger, metrics
-from ratchet.paths import RunPaths, parse_step, step_name
+from ratchet.paths import RunPaths, step_name
 from ratchet.records import FileEntry, Manifest
 
 # DCP's own index holds the path and a random id of each save; the shards beside it hold the state.
 _NOT_PAYLOAD = {f"{checkpoint.TRAINER}/.metadata"}
-_PRUNED = ("batches", "checkpoints", "weights")
 
 
 def _hash(value: Any) -> str:
@@ -39,27 +38,26 @@ def parts(root: Path) -> dict[str, str]:
         rows = [metrics.exact(row) for row in metrics.read(paths.metric(role))]
         if rows:
             found[f"metrics/{role}"] = _hash(rows)
-    if end := ledger.chain_end(paths.ledger):
-        found["ledger"] = end
+    if lines := ledger.digest(paths.ledger):
+        found["ledger"] = lines
     return found
 
 
-def result(found: dict[str, str]) -> dict[str, str]:
-    """The parts that must be equal in two equal runs.
+def result(root: Path) -> dict[str, str]:
+    """The parts that must be equal in two equal runs whose ledgers one version wrote.
 
-    Of batches, checkpoints and weights these are the newest: which others are there depends on when a run was stopped
-    (a checkpoint is saved there), and on how far a server was behind. What led to the newest is in the ledger, whose
-    lines hold the digest of each batch, and in the rows.
+    What retention leaves of the others depends on when a run was stopped (a checkpoint is saved there), and on how far
+    a server was behind. So of checkpoints and weights these are the newest, and a batch is none where its line in the
+    ledger holds its digest: what led to the newest is in ledger and rows.
     """
-    newest: dict[str, int] = {}
-    for name in found:
-        root, _, last = name.partition("/")
-        if root in _PRUNED:
-            newest[root] = max(newest.get(root, 0), parse_step(last) or 0)
-    keep = {f"{root}/{step_name(step)}" for root, step in newest.items()}
-    return {n: d for n, d in found.items() if n.partition("/")[0] not in newest or n in keep}
+    found, paths = parts(root), RunPaths(root)
+    left_out = {f"{paths.batches.name}/{step_name(step)}" for step in ledger.proved(paths.ledger)}
+    for directory in (paths.checkpoints, paths.weights):
+        older = list(durable.committed(directory))[:-1]
+        left_out |= {f"{directory.name}/{step_name(step)}" for step in older}
+    return {name: value for name, value in found.items() if name not in left_out}
 
 
 def run_digest(root: Path) -> str:
-    """Equal for two runs whose ledger, rows, evaluations, and newest batch, weights and checkpoint are equal."""
-    return _hash(result(parts(root)))
+    """Equal for two runs whose batches, rows, evaluations, ledger, final weights and final checkpoint are equal."""
+    return _hash(result(root))

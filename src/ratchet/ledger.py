@@ -1,4 +1,4 @@
-"""The ledger: which draw was trained in which batch and which was dropped why, kept for ever.
+"""The ledger: which draw was trained in which batch, which was dropped why, and the digest of each batch, for ever.
 
     ledger/ledger.jsonl    one line a batch, chained: each line's hash covers the line and the hash before it
 
@@ -16,7 +16,7 @@ import msgspec
 from ratchet import batchlog, durable
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
-from ratchet.records import Progress, Sample
+from ratchet.records import Manifest, Progress, Sample
 from ratchet.stage import Stage
 
 _BLOCK_BYTES = 1 << 12
@@ -87,18 +87,18 @@ def read_state(data: bytes) -> State:
         raise Damaged(f"An orchestrator's state does not parse ({error}).") from None
 
 
-def line(step: int, samples: list[Sample], state: bytes, payload: str) -> Line:
-    """The line of batch `step`, not chained yet: a function of what the batch holds."""
+def line(manifest: Manifest, samples: list[Sample], state: bytes) -> Line:
+    """The line of a batch, not chained yet: a function of what it holds."""
     after = read_state(state)
     sizes = Counter(sample.draw for sample in samples)
     first = {sample.draw: sample for sample in reversed(samples)}
     return Line(
-        step=step,
+        step=manifest.step,
         trained=[Trained(draw, first[draw].env, first[draw].task, sizes[draw]) for draw in sorted(sizes)],
         dropped=sorted(after.drops_of_batch),
         next_draw=after.next_draw,
         tokens=sum(len(sample.token_ids) for sample in samples),
-        payload=payload,
+        payload=batchlog.payload(manifest),
         hash="",
     )
 
@@ -107,7 +107,7 @@ def line_of(paths: RunPaths, step: int) -> Line:
     """The line of a batch that is still there, every byte of it verified. Raises: Damaged."""
     samples, manifest = batchlog.read(paths, step)
     state = (paths.batch(step) / batchlog.STATE).read_bytes()
-    return line(step, samples, state, batchlog.payload(manifest))
+    return line(manifest, samples, state)
 
 
 def agrees(stated: Line, made: Line) -> bool:
@@ -244,5 +244,18 @@ def lines_below(path: Path, next_batch: int) -> bytes:
 
 
 def chain_end(path: Path) -> str:
-    """The end of the chain: equal for two ledgers that are equal from their first line on; empty without one."""
+    """What the next line is chained to; empty without one."""
     return _last_hash(path)
+
+
+def digest(path: Path) -> str:
+    """Equal for two ledgers of the same lines, byte for byte; empty without one."""
+    lines = raw_lines(path)
+    return durable.hash_bytes(b"".join(lines)) if lines else ""
+
+
+def proved(path: Path) -> set[int]:
+    """The batches whose line is sound and holds the digest of what was in them."""
+    return {
+        entry.step for entry, problem in checked(path) if entry is not None and not problem and entry.payload
+    }

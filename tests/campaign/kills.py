@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import BIN, TINY_SFT, kill, last_step, processes_of, start, wait_until
-from ratchet import attempts, digest, durable
+from ratchet import attempts, digest, durable, ledger
 from ratchet.errors import Damaged
 from ratchet.paths import RunPaths
 
@@ -149,7 +149,7 @@ class Campaign:
                 if code != 0:
                     raise SystemExit(f"an undisturbed run of {name} fails:\n{said}")
                 (root / "finished").touch()
-        return digest.result(digest.parts(root))
+        return digest.result(root)
 
 
 class Trial:
@@ -206,8 +206,19 @@ class Trial:
 
     def _differing(self, root: Path) -> list[str]:
         """The parts of a run that are not those of the undisturbed one."""
-        expected, found = self._campaign.reference(self.name), digest.result(digest.parts(root))
-        return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        expected, found = self._campaign.reference(self.name), digest.result(root)
+        parts = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        return [
+            f"{name} from batch {self._first_other_line(root)} on" if name == "ledger" else name
+            for name in parts
+        ]
+
+    def _first_other_line(self, root: Path) -> int:
+        calm = self._campaign.root / f"calm_{self.name}"
+        mine, others = (ledger.raw_lines(RunPaths(one).ledger) for one in (root, calm))
+        return next(
+            (i for i, pair in enumerate(zip(mine, others, strict=False)) if pair[0] != pair[1]), len(mine)
+        )
 
     def _ask(self, what: str, command: str, *arguments: object) -> None:
         process = start(command, *arguments)

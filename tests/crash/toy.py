@@ -170,7 +170,7 @@ def emit(stage, paths, step, attempt, rollouts):
     durable.crash_point("toy.before_row")
     metrics.append(stage, paths.metric("orchestrator"), row, flush=True)
     durable.crash_point("toy.before_line")
-    ledger.append(stage, ledger.line(step, samples, state, batchlog.payload(manifest)))
+    ledger.append(stage, ledger.line(manifest, samples, state))
     rollouts.settle(drawn)
 
 

@@ -70,13 +70,38 @@ def test_a_finished_run_is_clean(finished):
 
 
 def test_a_digest_is_the_same_whichever_batches_are_still_there(finished, copy):
+    said = run("ckpt", "digest", finished)
     forget_batches(copy)
-    assert run_digest(copy) == run_digest(finished)
+    assert run("ckpt", "digest", copy) == said
+    shutil.rmtree(RunPaths(copy).batch(3))
+    assert run("ckpt", "digest", copy) == said
+    assert ask("digest", copy)["digest"] == said.split()[-1] == run_digest(finished)
+
+
+def test_a_digest_is_another_one_for_each_edit_of_the_ledger(finished, copy):
+    forget_batches(copy)
+    first, second, *rest = ledger.raw_lines(RunPaths(finished).ledger)
+    digests = {run_digest(finished)}
+    for lines in ([second, *rest], [first, second.replace(b'"tokens":', b'"tokens":1'), *rest]):
+        RunPaths(copy).ledger.write_bytes(b"".join(lines))
+        digests.add(run_digest(copy))
+    write_lines(copy, [msgspec.structs.replace(line, payload="0" * 32) for line in read_lines(finished)])
+    assert len({*digests, run_digest(copy)}) == 4
+
+
+def test_lines_of_an_older_version_prove_less_and_it_is_said(finished, copy):
+    write_lines(copy, [msgspec.structs.replace(line, payload="") for line in read_lines(finished)])
+    older = run_digest(copy)
+    report = ask("audit", copy)
+    assert report["findings"] == []
+    assert any("batches 0 to 3 are of an older version" in note for note in report["notes"])
+    forget_batches(copy)
+    assert run_digest(copy) != older, "the digests of batches are in no line, so the batches are compared"
 
 
 @pytest.mark.slow
 def test_a_digest_is_the_same_whichever_checkpoints_were_saved(finished, tmp_path):
-    """As a run that saved once more, when it was stopped, and therefore keeps later batches."""
+    """As a run that saved once more, when it was stopped, and therefore keeps fewer batches."""
     often = (*COMMAND[:-4], "--ckpt.interval", "1", "--ckpt.keep-last", "1")
     run("rl", *often, "--output-dir", tmp_path)
     assert not RunPaths(tmp_path).batch(2).exists()

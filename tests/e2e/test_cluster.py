@@ -121,6 +121,7 @@ def test_a_run_whose_disk_is_gone_comes_back_from_its_mirror(calm):
         "weights/step_0",
         "weights/step_1",
     } == gone
+    assert digest.run_digest(root) == digest.run_digest(whole)
     assert not newest.exists()  # the torn one went when the step was uploaded again
     audit = run("ckpt", "audit", root)
     assert "the proof from batches begins at batch 3" in audit

@@ -113,7 +113,7 @@ def test_a_batch_that_was_published_anew_with_another_logprob_is_named(make):
     shutil.rmtree(paths.batch(0))
     publish(Stage.open(paths, "002.orchestrator.1"), [changed, sample(1, "b")])
     (finding,) = audit(paths).findings
-    assert "the line of batch 0 is not what the batch holds" in finding.detail
+    assert "the line of batch 0 is not what the batch holds: another token, logprob" in finding.detail
 
 
 def test_a_batch_whose_line_was_not_appended_yet_is_no_problem(make):

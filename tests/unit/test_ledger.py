@@ -6,7 +6,7 @@ import pytest
 from ratchet import batchlog, ledger
 from ratchet.ledger import Trained
 from ratchet.paths import RunPaths
-from ratchet.records import Sample
+from ratchet.records import Manifest, Sample
 from ratchet.stage import Stage
 
 
@@ -29,6 +29,10 @@ def sample(draw, rollout, tokens=2, logprob=-0.5):
 def state(step, **more):
     totals = {"step": step + 1, "total_samples": 3 * (step + 1)}
     return msgspec.json.encode({"progress": totals, "next_draw": 3 * (step + 1), **more})
+
+
+def manifest(step):
+    return Manifest(kind="batch", step=step, attempt=1, files=())
 
 
 def publish(stage, step, logprob=-0.5):
@@ -173,10 +177,10 @@ def test_a_damaged_line_stays_for_the_audit_and_the_run_goes_on(stage, written):
 
 
 def test_the_chain_goes_on_after_a_line_longer_than_one_read(stage, written):
-    huge = ledger.line(4, [sample(draw, 0) for draw in range(100, 9000)], state(4), "4")
+    huge = ledger.line(manifest(4), [sample(draw, 0) for draw in range(100, 9000)], state(4))
     assert len(ledger.encode(huge)) > 4 * 2**16
     ledger.append(stage, huge)
-    ledger.append(stage, ledger.line(5, [sample(9001, 0)], state(5), "5"))
+    ledger.append(stage, ledger.line(manifest(5), [sample(9001, 0)], state(5)))
     assert not problems(written)
 
 

@@ -193,7 +193,7 @@ class Orchestrator:
             temperature=self._config.orchestrator.sampling.temperature,
         )
         metrics.append(stage, stage.paths.metric("orchestrator"), row, flush=True)
-        ledger.append(stage, ledger.line(step, samples, state, batchlog.payload(manifest)))
+        ledger.append(stage, ledger.line(manifest, samples, state))
 
     async def _adopt_next(self, tasks: asyncio.TaskGroup) -> bool:
         """Adopt the next policy if it is published and nothing holds the servers at this one."""
