@@ -112,7 +112,7 @@ class Training:
 def raw_write(tensors: list[torch.Tensor], path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         for tensor in tensors:
-            rest = memoryview(tensor.cpu().contiguous().view(-1).numpy()).cast("B")
+            rest = tensor.cpu().contiguous().view(-1).numpy().data.cast("B")
             while rest:
                 rest = rest[file.write(rest[:PIECE_BYTES]) :]
         os.fsync(file.fileno())
@@ -157,6 +157,7 @@ def measure_async(root: Path, threads: int) -> None:
         training.save()
         training.forget()
     stalls, copies, slowdowns, extras = [], [], [], []
+    usual = 0.0
     for _ in range(REPEATS):
         usual = statistics.median(timed(training.step) for _ in range(3))
         copies.append(timed(copy))

@@ -139,7 +139,12 @@ def started(
     pinned = ["taskset", "-c", ",".join(map(str, cores)), *map(str, words)]
     with log.open("w") as output:
         process = subprocess.Popen(
-            pinned, stderr=output, text=True, start_new_session=True, **({"stdout": output} | pipes)
+            pinned,
+            stdin=pipes.get("stdin"),
+            stdout=pipes.get("stdout", output),
+            stderr=output,
+            text=True,
+            start_new_session=True,
         )
     try:
         yield process
@@ -289,7 +294,8 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
         if arguments.hf:
             way = stack.enter_context(transformers(model, cores, arguments.slots, root))
             sides |= {name: way(name).play for name in arguments.hf}
-        warm = Work(*(part[:: GROUP // 2] for part in make_work(chat, "spread")))
+        work = make_work(chat, "spread")
+        warm = Work(work.prompts[:: GROUP // 2], work.lengths[:: GROUP // 2])
         for play in sides.values():
             play(warm)
         for spread in arguments.lengths:

@@ -234,8 +234,9 @@ def trainer(root: Path, world: World, layers: list[str], points: list[str], *, i
             for wanted in layers
             for way in ways[wanted]
         }
-        if {Way("none", "compiled"), Way("none", "recorded")} <= found.keys():
-            one, two = found["none", "compiled"], found["none", "recorded"]
+        compiled, recorded = Way("none", "compiled"), Way("none", "recorded")
+        if {compiled, recorded} <= found.keys():
+            one, two = found[compiled], found[recorded]
             is_same = one is not None and one == two
             say(
                 "  recorded passes give the loss and gradient norm of those that are not",
@@ -429,7 +430,7 @@ def plain_move(model: Any, path: Path) -> float:
     started = time.perf_counter()
     data = here.cpu().numpy()
     with path.open("wb") as file:
-        file.write(memoryview(data))
+        file.write(data.data)
         file.flush()
         os.fsync(file.fileno())
     torch.from_numpy(np.fromfile(path, dtype=np.uint8)).to(here.device)
@@ -472,7 +473,7 @@ def engine(root: Path, *, is_profiled: bool) -> None:
     rate, _ = play(recorded, 256)
     _, short = play(recorded, 24)
     plain = SlotModel(model, 128, 512)
-    plain._graphs._is_broken = True  # the same code without recording
+    plain._graphs._records = False  # the same code without recording
     eager_rate, eager_short = play(plain, 24)
     say("engine, 128 slots, 256 rollouts of 16-256 tokens", f"{rate:,.0f} tok/s")
     say("  without graphs (24 tokens at most)", f"{eager_rate:,.0f} tok/s")
