@@ -50,12 +50,15 @@ def result(root: Path) -> dict[str, str]:
     a server was behind. So of checkpoints and weights these are the newest, and a batch is none where its line in the
     ledger holds its digest: what led to the newest is in ledger and rows.
     """
-    found, paths = parts(root), RunPaths(root)
-    left_out = {f"{paths.batches.name}/{step_name(step)}" for step in ledger.proved(paths.ledger)}
+    paths = RunPaths(root)
+    stated, batches = ledger.payloads(paths.ledger), durable.committed(paths.batches)
+    left_out = {
+        paths.batch(step) for step, batch in batches.items() if stated.get(step) == batchlog.payload(batch)
+    }
     for directory in (paths.checkpoints, paths.weights):
-        older = list(durable.committed(directory))[:-1]
-        left_out |= {f"{directory.name}/{step_name(step)}" for step in older}
-    return {name: value for name, value in found.items() if name not in left_out}
+        left_out |= {directory / step_name(step) for step in list(durable.committed(directory))[:-1]}
+    names = {str(path.relative_to(root)) for path in left_out}
+    return {name: value for name, value in parts(root).items() if name not in names}
 
 
 def run_digest(root: Path) -> str:

@@ -254,8 +254,7 @@ def digest(path: Path) -> str:
     return durable.hash_bytes(b"".join(lines)) if lines else ""
 
 
-def proved(path: Path) -> set[int]:
-    """The batches whose line is sound and holds the digest of what was in them."""
-    return {
-        entry.step for entry, problem in checked(path) if entry is not None and not problem and entry.payload
-    }
+def payloads(path: Path) -> dict[int, str]:
+    """By batch, the digest of what was in it, where its line is sound and holds one."""
+    lines = (entry for entry, problem in checked(path) if entry is not None and not problem)
+    return {entry.step: entry.payload for entry in lines if entry.payload}

@@ -11,8 +11,9 @@ from test_rl import ALONE
 from transformers import AutoModelForCausalLM
 
 from programs import rows, run, run_digest
-from ratchet import attempts, ledger
+from ratchet import attempts, batchlog, ledger
 from ratchet.paths import RunPaths
+from ratchet.stage import Stage
 
 COMMAND = (*ALONE, "--deterministic", "--max-steps", "4", "--ckpt.interval", "2", "--ckpt.keep-interval", "2")
 
@@ -97,6 +98,17 @@ def test_lines_of_an_older_version_prove_less_and_it_is_said(finished, copy):
     assert any("batches 0 to 3 are of an older version" in note for note in report["notes"])
     forget_batches(copy)
     assert run_digest(copy) != older, "the digests of batches are in no line, so the batches are compared"
+
+
+def test_a_batch_that_its_line_does_not_know_is_compared(finished, copy):
+    paths = RunPaths(copy)
+    (first, *rest), _ = batchlog.read(paths, 1)
+    state, row = batchlog.read_state(paths.batch(1)), batchlog.read_metrics(paths.batch(1))
+    shutil.rmtree(paths.batch(1))
+    other = [msgspec.structs.replace(first, reward=first.reward + 1), *rest]
+    stage = Stage.open(paths, "009.orchestrator.1")
+    batchlog.publish(stage, step=1, attempt=1, samples=other, state=state, metrics=row, oldest_served=0)
+    assert run_digest(copy) != run_digest(finished)
 
 
 @pytest.mark.slow
