@@ -2,11 +2,12 @@
 
 import msgspec
 import pytest
+import xxhash
 
 from ratchet import batchlog, ledger
 from ratchet.ledger import Trained
 from ratchet.paths import RunPaths
-from ratchet.records import Manifest, Sample
+from ratchet.records import FileEntry, Manifest, Sample
 from ratchet.stage import Stage
 
 
@@ -83,6 +84,26 @@ def test_a_line_says_what_a_batch_did_with_its_draws(written):
     ]
     assert second.dropped == [(5, "failed")]
     assert (second.step, second.next_draw, second.samples, second.tokens) == (1, 6, 3, 9)
+
+
+def test_the_payload_is_made_as_documented(stage, written):
+    """By hand, from the bytes of the two files, as docs/run-directory.md says."""
+    for step, (entry, _) in enumerate(ledger.checked(written)):
+        hashes = [
+            xxhash.xxh3_128_hexdigest((stage.paths.batch(step) / name).read_bytes())
+            for name in ("orchestrator.json", "samples.msgpack")
+        ]
+        said = f'[["orchestrator.json","{hashes[0]}"],["samples.msgpack","{hashes[1]}"]]'
+        assert entry.payload == xxhash.xxh3_128_hexdigest(said.encode())
+
+
+def test_a_payload_that_was_worked_out_once():
+    """Of two files whose hashes are `aa` and `bb`: formats are an interface, so the number stays."""
+    files = (FileEntry("metrics.json", 1, "cc"), FileEntry("samples.msgpack", 1, "bb"))
+    manifest = Manifest(
+        kind="batch", step=0, attempt=1, files=(*files, FileEntry("orchestrator.json", 1, "aa"))
+    )
+    assert batchlog.payload(manifest) == "fd2278d08c2e47828ef7a5faea980387"
 
 
 def test_the_chain_tells_batches_apart_that_differ_in_one_logprob(written, tmp_path_factory):
