@@ -86,7 +86,7 @@ class Life:
                 "orchestrator": orchestrator,
             }
         )
-        opened = open_attempt("rl", config, dict)
+        opened = open_attempt("rl", config, lambda seen: None)
         assert isinstance(opened, Attempt)
         self.opened, self.paths, self._ckpt = opened, opened.paths, ckpt
         self._steps = steps

@@ -322,7 +322,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=arguments.root) as name,
         null_server(arguments.tokens, not arguments.http) as url,
     ):
-        run = open_attempt("rl", settings(Path(name), batches, arguments), dict)
+        run = open_attempt("rl", settings(Path(name), batches, arguments), lambda seen: None)
         assert isinstance(run, Attempt)
         posted = min(arguments.rollouts, 20_000)
         alone = [bare(url, posted, 256)]

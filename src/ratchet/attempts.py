@@ -23,6 +23,7 @@ from ratchet import config_io, hardware, memory
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.durable import hash_bytes
 from ratchet.errors import Damaged, Refusal
+from ratchet.inputs.tree import Inputs
 from ratchet.paths import RunPaths
 from ratchet.stage import Stage
 
@@ -102,8 +103,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Only in the first attempt of a fork."""
     restored: Restored | msgspec.UnsetType = msgspec.UNSET
     """Only in the attempt that stands for a restoration from the mirror."""
+    inputs: Inputs | msgspec.UnsetType = msgspec.UNSET
+    """What the run reads, by content; unset in the attempts of versions before there were names of inputs."""
     fingerprints: dict[str, str] = {}
-    """Of what the configuration names: model and data."""
+    """Of model and data, as those versions compared them."""
     config_xxh3: str
     """Of the attempt's run.toml."""
     restarts: tuple[Restart, ...] = ()
@@ -197,6 +200,9 @@ def read_config(paths: RunPaths, record: Record) -> Any:
     return config_io.from_toml(KINDS[record.kind], path)
 
 
+_NO_INPUTS = Inputs()
+
+
 class Lock:
     """One launcher a directory: flock, released by the kernel however the launcher ends."""
 
@@ -239,6 +245,8 @@ class Assignment:
     run_id: str
     lineage: int
     stage: Stage
+    inputs: Inputs = _NO_INPUTS
+    """What the attempt's record says that the run reads."""
 
     @property
     def memory(self) -> RunPaths | None:
@@ -267,6 +275,7 @@ def join(root: Path, attempt: int, role: str, incarnation: int) -> Assignment:
         run_id=record.run_id,
         lineage=record.lineage,
         stage=stage,
+        inputs=Inputs() if record.inputs is msgspec.UNSET else record.inputs,
     )
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from ratchet import attempts, checkpoint, durable, ledger, metrics
 from ratchet.errors import EXIT_OK, Damaged, Refusal
+from ratchet.inputs import history
 from ratchet.ledger import Line, State
 from ratchet.paths import RunPaths, step_name
 from ratchet.records import Progress
@@ -68,6 +69,10 @@ class Report(msgspec.Struct, kw_only=True):
     """The batches that the ledger accounts for, both included."""
     batch_range: tuple[int, int] | None = None
     """Of these, the ones that are still there and were compared."""
+    inputs: dict[str, str] = {}
+    """What the run reads, by group: the attempts' records agree with every line of the ledger."""
+    accepted: list[str] = []
+    """Changes of an input that the user accepted, in order."""
 
 
 def audit(paths: RunPaths) -> Report:
@@ -82,6 +87,7 @@ def audit(paths: RunPaths) -> Report:
             f"Attempt {record.attempt} of {paths.root} was planned and is not carried out yet: run its command "
             "again, which finishes it first."
         )
+    _show_inputs(paths, report)
     if record is not None and record.kind == "sft":
         report.notes.append("an SFT run draws nothing: its data order is a function of the step")
         return report
@@ -92,6 +98,9 @@ def audit(paths: RunPaths) -> Report:
     lines = _read_ledger(paths, report)
     _compare_batches(paths, batches, lines, report, is_complete=is_complete)
     ordered = [lines[step] for step in sorted(lines)]
+    for step, sentence in history.problems(paths, [(line.step, line.inputs) for line in ordered]):
+        draws = [group.draw for group in lines[step].trained]
+        report.findings.append(Finding("inputs", sentence, draws))
     _check_steps(ordered, checkpoints, report)
     state = _newest_state(paths, ordered, report)
     _reconcile(ordered, state, report)
@@ -99,6 +108,15 @@ def audit(paths: RunPaths) -> Report:
         _count_envs(ordered, state, report)
     _check_totals(paths, ordered, state, report, is_complete=is_complete)
     return report
+
+
+def _show_inputs(paths: RunPaths, report: Report) -> None:
+    found = history.newest(paths)
+    if found is None:
+        report.notes.append("this run has no names of its inputs: that they stayed the same is not proved")
+        return
+    report.inputs = history.said(found)
+    report.accepted = [str(entry) for entry in found.accepted]
 
 
 def _restorations(paths: RunPaths) -> list[str]:

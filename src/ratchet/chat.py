@@ -27,6 +27,10 @@ FILES = [
     "generation_config.json",
     "config.json",
 ]
+COPIED = [*FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"]
+"""What a published policy takes over from its model: all that is not a weight."""
+RENDERER = "1"
+"""How messages become tokens, as a version: a run goes on by the one that it began with."""
 Message = dict[str, Any]
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Marks around what the model itself says; from a private-use area, so no text contains them.

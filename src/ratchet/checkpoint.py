@@ -11,8 +11,11 @@ calls them.
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ratchet import batchlog, durable
 from ratchet.config import CkptConfig
+from ratchet.inputs.tree import Inputs
 from ratchet.paths import RunPaths
 from ratchet.records import FileEntry, Manifest
 from ratchet.stage import Stage
@@ -31,6 +34,12 @@ def begin(stage: Stage, step: int) -> Path:
 
 def is_committed(paths: RunPaths, step: int) -> bool:
     return durable.read_committed(paths.checkpoint(step)) is not None
+
+
+def inputs(paths: RunPaths, step: int) -> Inputs | None:
+    """What a run read when it saved this checkpoint; None in one of a version before there were names of inputs."""
+    stated = durable.read_manifest(paths.checkpoint(step)).meta.get("inputs")
+    return None if stated is None else msgspec.convert(stated, Inputs)
 
 
 def copy_orchestrator_state(stage: Stage, directory: Path, step: int) -> list[FileEntry]:

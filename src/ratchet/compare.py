@@ -7,6 +7,8 @@ import msgspec
 
 from ratchet import attempts, audit, checkpoint, config_io, durable, ledger, metrics
 from ratchet.attempts import Plan
+from ratchet.inputs import history
+from ratchet.inputs.tree import changed
 from ratchet.paths import RunPaths
 
 _FILES = (
@@ -36,6 +38,15 @@ def settings(a: RunPaths, b: RunPaths) -> list[Difference]:
         return [Difference("kind", first and first.kind, second and second.kind)]
     found = config_io.changes(attempts.read_config(a, first), attempts.read_config(b, second))
     return [Difference(c.key, c.old, c.new, c.mark.value) for c in found if c.key not in _IGNORED]
+
+
+def inputs(a: RunPaths, at: int, b: RunPaths, bt: int) -> list[Difference]:
+    """What two checkpoints' runs had read differently, leaf by leaf; nothing where one of them does not say it."""
+    first, second = checkpoint.inputs(a, at), checkpoint.inputs(b, bt)
+    if first is None or second is None:
+        return []
+    one, other = history.leaves(first), history.leaves(second)
+    return [Difference(n, *pair) for n, pair in changed(one, other).items()]
 
 
 def counters(a: Path, b: Path) -> list[Difference]:

@@ -93,13 +93,24 @@ def dump(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
+_NOT_THE_COMMAND = (
+    # A scheduler may choose other machines for the same run.
+    *("trainer.node_rank", "trainer.rendezvous"),
+    # What lies there is known by its content.
+    *("output_dir", "model.name", "model.tokenizer", "data.name", "orchestrator.env", "accept_changes"),
+)
+
+
 def is_same(old: BaseModel, new: BaseModel) -> bool:
-    """Whether two configurations are of one command. Which node this is and where the nodes meet does not count: a
-    scheduler may choose other machines for the same run."""
+    """Whether two configurations are of one command: where things lie does not count, nor on which machines it runs."""
     one, other = dump(old), dump(new)
     for values in (one, other):
-        for name in ("node_rank", "rendezvous"):
-            values.get("trainer", {}).pop(name, None)
+        for key in _NOT_THE_COMMAND:
+            *sections, name = key.split(".")
+            inner = values
+            for section in sections:
+                inner = inner.get(section, {})
+            inner.pop(name, None)
     return one == other
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from ratchet import batchlog, checkpoint, durable, ledger, metrics
+from ratchet.inputs import history
 from ratchet.paths import RunPaths, step_name
 from ratchet.records import FileEntry, Manifest
 
@@ -40,6 +41,8 @@ def parts(root: Path) -> dict[str, str]:
             found[f"metrics/{role}"] = _hash(rows)
     if lines := ledger.digest(paths.ledger):
         found["ledger"] = lines
+    if (read := history.newest(paths)) is not None:
+        found["inputs"] = read.digest
     return found
 
 

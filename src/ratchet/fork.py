@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, config_io, device_notes, durable, ledger, metrics
+from ratchet import attempts, checkpoint, config_io, device_notes, durable, ledger, metrics
 from ratchet.attempts import ForkedFrom, Outcome, Plan, Record
 from ratchet.config import RLConfig, RunConfig
 from ratchet.errors import EXIT_STOPPED, Refusal
@@ -85,6 +85,7 @@ def _record(source: RunPaths, paths: RunPaths, step: int, last: Record, config: 
     paths.run_file.write_bytes(data)
     for number in attempts.numbers(source):  # the newest note of each program stays
         device_notes.copy(source.attempt(number), directory)
+    stated = checkpoint.inputs(paths, step)
     is_rl = isinstance(config, RLConfig)
     stage = Stage.open(paths, attempts.token(1, "fork", 0))
     made = attempts.write(
@@ -100,6 +101,7 @@ def _record(source: RunPaths, paths: RunPaths, step: int, last: Record, config: 
             applied=True,
             outcome=Outcome(EXIT_STOPPED, f"forked from {source.root} at step {step}"),
             environment=last.environment,
+            inputs=msgspec.UNSET if stated is None else stated,
             forked_from=ForkedFrom(str(source.root), last.run_id, step),
             config_xxh3=durable.hash_bytes(data),
         ),

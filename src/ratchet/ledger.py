@@ -44,6 +44,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     payload: str = ""
     """Of the batch's samples and state (`batchlog.payload`): what it was stays proved when it is gone. Empty in lines
     that were written before there was this field."""
+    inputs: str = ""
+    """Digest of what the run read when it made this batch; empty in lines before there was this field."""
     hash: str
 
     @property
@@ -77,6 +79,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, int] = {}
     drops_of_batch: list[tuple[int, str]] = []
     drops_since: list[tuple[int, str]] = []
+    inputs: str = ""
 
 
 def read_state(data: bytes) -> State:
@@ -99,6 +102,7 @@ def line(manifest: Manifest, samples: list[Sample], state: bytes) -> Line:
         next_draw=after.next_draw,
         tokens=sum(len(sample.token_ids) for sample in samples),
         payload=batchlog.payload(manifest),
+        inputs=after.inputs,
         hash="",
     )
 

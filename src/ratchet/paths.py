@@ -7,6 +7,7 @@ from pathlib import Path
 _STEP = re.compile(r"step_(\d+)")
 
 DEVICE = "device.json"
+INPUTS = "inputs.json"
 
 
 def step_name(step: int) -> str:

@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 
+SAMPLER = "1"
+"""How seeds become tokens, as a version: a run goes on by the one that it began with."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

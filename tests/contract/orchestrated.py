@@ -77,7 +77,7 @@ class Run:
 
     def __init__(self, config, *urls):
         self.config, self.urls = config, urls
-        opened = open_attempt("rl", config, dict)
+        opened = open_attempt("rl", config, lambda seen: None)
         assert isinstance(opened.record, attempts.Record)
         self.opened, self.paths, self.record = opened, opened.paths, opened.record
         self.incarnation = 0

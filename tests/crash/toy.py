@@ -194,7 +194,7 @@ def main():
     root, steps, *flags = sys.argv[1:]
     arguments = ["--model.name", "toy", "--output-dir", root, "--max-steps", steps, *flags]
     config = load(RLConfig, arguments)
-    opened = open_attempt("rl", config, dict)
+    opened = open_attempt("rl", config, lambda seen: None)
     if isinstance(opened, Plan):
         return 0
     paths, stage, plan = opened.paths, opened.stage, opened.record.plan

@@ -133,9 +133,9 @@ def test_a_class_of_the_user_is_found_in_the_working_directory(here):
         build("my_env:Echo", count=0)
 
 
-def test_the_fingerprint_follows_the_data(here):
+def test_the_built_in_environments_declare_the_files_that_they_read(here):
     write(here / "train.jsonl", [{"text": "abcd"}])
-    before = build("reverse_text", data="train.jsonl").fingerprint()
-    assert before == build("reverse_text", data="train.jsonl").fingerprint()
-    write(here / "train.jsonl", [{"text": "abce"}])
-    assert build("reverse_text", data="train.jsonl").fingerprint() != before
+    write(here / "eval.jsonl", [{"text": "abc"}])
+    assert list(build("reverse_text", data="train.jsonl").inputs) == ["train.jsonl"]
+    both = build("reverse_text", data="train.jsonl", eval_data="eval.jsonl")
+    assert list(both.inputs) == ["train.jsonl", "eval.jsonl"]

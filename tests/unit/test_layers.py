@@ -22,6 +22,7 @@ LAYERS = [
         "journal",
         "compare",
         "device_notes",
+        "inputs",
         "fork",
         "ledger",
         "memory",

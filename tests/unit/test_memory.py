@@ -86,7 +86,7 @@ def test_what_an_attempt_left_goes_also_if_the_next_one_goes_by_the_disk(config)
 
 
 def test_an_attempt_that_ends_gives_its_memory_back(config):
-    opened = open_attempt("rl", config, dict)
+    opened = open_attempt("rl", config, lambda seen: None)
     assert below(config) == [f"ratchet-{os.getuid()}-{opened.record.run_id}"]
     assert memory.find(config, opened.record.run_id, 1).weights.is_dir()
     opened.close(0, "complete")
@@ -96,7 +96,7 @@ def test_an_attempt_that_ends_gives_its_memory_back(config):
 def test_memory_that_cannot_be_had_is_refused_with_the_remedy(config):
     shutil.rmtree(config.weights.memory_dir)
     with pytest.raises(Refusal, match=r"choose another weights\.memory_dir"):
-        open_attempt("rl", config, dict)
+        open_attempt("rl", config, lambda seen: None)
 
 
 def test_an_attempt_that_cannot_begin_leaves_nothing_in_memory(config, monkeypatch):
@@ -106,7 +106,7 @@ def test_an_attempt_that_cannot_begin_leaves_nothing_in_memory(config, monkeypat
 
     monkeypatch.setattr(resume, "apply", fail)
     with pytest.raises(OSError, match="No space"):
-        open_attempt("rl", config, dict)
+        open_attempt("rl", config, lambda seen: None)
     assert below(config) == []
 
 
@@ -215,7 +215,7 @@ def test_the_policies_that_outlive_an_attempt_are_those_that_a_resume_needs():
 
 def test_what_a_killed_attempt_left_is_gone_before_the_next_one_looks_for_room(config, tmp_path):
     """Also where the next one goes to another directory."""
-    first = open_attempt("rl", config, dict)
+    first = open_attempt("rl", config, lambda seen: None)
     assert below(config) != []
     die(first.memory)
     first.lock.release()
@@ -224,9 +224,8 @@ def test_what_a_killed_attempt_left_is_gone_before_the_next_one_looks_for_room(c
     moved = config.model_copy(update={"weights": config.weights.model_copy(update={"memory_dir": other})})
     seen = []
 
-    def look_for_room():
+    def look_for_room(inputs):
         seen.append(below(config))
-        return {}
 
     second = open_attempt("rl", moved, look_for_room)
     assert seen == [[]]

@@ -11,6 +11,8 @@ import pytest
 
 from ratchet.config import EvalConfig, RLConfig
 from ratchet.errors import Refusal
+from ratchet.inputs.seen import Seen
+from ratchet.inputs.tree import Inputs
 from ratchet.orchestrator.batches import credited, exact_row
 from ratchet.orchestrator.check import check, probe
 from ratchet.orchestrator.evals import mean_metrics
@@ -48,8 +50,8 @@ def config(env=None, **more):
 
 
 def test_a_sound_configuration_passes(here):
-    check(config())
-    check(config(inference={}))
+    check(config(), Seen(Inputs()))
+    check(config(inference={}), Seen(Inputs()))
 
 
 # "<|user|>a longer text<|im_end|><|assistant|>": 1 + 13 + 1 + 1 = 16 tokens.
@@ -57,12 +59,12 @@ def test_a_sound_configuration_passes(here):
 def test_the_longest_prompt_and_its_answer_must_fit_the_server(here, limit, fits):
     tried = config(inference={"max_model_len": limit}, orchestrator={"sampling": {"max_tokens": 20}})
     if fits:
-        check(tried)
+        check(tried, Seen(Inputs()))
     else:
         with pytest.raises(
             Refusal, match=r"Task train/1 .* prompt of 16 tokens.*max_tokens 20 .*max_model_len 35"
         ):
-            check(tried)
+            check(tried, Seen(Inputs()))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_the_longest_prompt_and_its_answer_must_fit_the_server(here, limit, fits
 )
 def test_what_no_orchestrator_could_run_is_refused(here, env, more, sentence):
     with pytest.raises(Refusal, match=sentence):
-        check(config(env, **more))
+        check(config(env, **more), Seen(Inputs()))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -149,7 +151,7 @@ def test_another_tokenizer_is_loaded_from_where_it_is_named(here):
     shutil.copytree(MODEL, here / "tokenizer")
     (here / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(Refusal, match=r"has no tokenizer\.json"):
-        check(config(model={"name": str(MODEL), "tokenizer": str(here / "tokenizer")}))
+        check(config(model={"name": str(MODEL), "tokenizer": str(here / "tokenizer")}), Seen(Inputs()))
 
 
 def test_the_policies_that_are_evaluated():

@@ -18,6 +18,8 @@ from ratchet import attempts, config_io
 from ratchet.cli import programs
 from ratchet.config import RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
+from ratchet.inputs.seen import Seen
+from ratchet.inputs.tree import Inputs
 from ratchet.launch import machine, trials
 from ratchet.launch.finding import Finding, of_refusal
 from ratchet.paths import RunPaths
@@ -92,12 +94,12 @@ def _start(config: RunConfig) -> Finding:
 
 def _check_of(config: RunConfig) -> Callable[[], object]:
     if isinstance(config, SFTConfig):
-        return lambda: programs.check_sft(config)
+        return lambda: programs.check_sft(config, Seen(Inputs()))
     assert isinstance(config, RLConfig)
     client = config.orchestrator.client
     quick = client.model_copy(update={"wait_s": min(client.wait_s, _PATIENCE_S)})
     orchestrator = config.orchestrator.model_copy(update={"client": quick})
-    return lambda: programs.check_rl(config.model_copy(update={"orchestrator": orchestrator}))
+    return lambda: programs.check_rl(config.model_copy(update={"orchestrator": orchestrator}), Seen(Inputs()))
 
 
 def _say(findings: Iterable[Finding]) -> None:

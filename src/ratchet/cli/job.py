@@ -4,10 +4,12 @@ import sys
 
 from ratchet import config_io, log, process
 from ratchet.attempts import KINDS
-from ratchet.cli.programs import check_rl, check_sft, check_trainer
+from ratchet.cli.programs import check_rl, check_sft
 from ratchet.config import RLConfig, SFTConfig, SlurmConfig
+from ratchet.inputs.seen import Seen
 from ratchet.launch import cluster
 from ratchet.launch.nodes import join_trainer
+from ratchet.launch.preflight import check_memory
 from ratchet.launch.run import run
 
 
@@ -25,13 +27,18 @@ def main() -> int:
     if name == "trainer" and config.trainer.node_rank > 0:
         return join_trainer(config, config.trainer)
     if isinstance(config, SFTConfig):
-        return run("sft", config, ("trainer",), lambda: check_sft(config))
+        return run("sft", config, ("trainer",), lambda seen: check_sft(config, seen))
     if name == "orchestrator":
         return cluster.orchestrate(config, settings.wait_s)
     if name != "trainer":
         host = "127.0.0.1" if settings.executor == "local" else settings.host
         return cluster.serve(config, name, settings.wait_s, host)
-    return run("rl", config, ("trainer",), lambda: check_rl(config, is_alone=True) | check_trainer(config))
+
+    def check(seen: Seen) -> None:
+        check_rl(config, seen, is_alone=True)
+        check_memory(config)
+
+    return run("rl", config, ("trainer",), check)
 
 
 if __name__ == "__main__":

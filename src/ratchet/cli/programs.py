@@ -12,10 +12,12 @@ from ratchet import log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
+from ratchet.inputs import files
+from ratchet.inputs.seen import Seen
+from ratchet.inputs.tree import Inputs
 from ratchet.launch.early import Begun
 from ratchet.launch.join import join_orchestrator
 from ratchet.launch.nodes import join_trainer
-from ratchet.launch.opening import Fingerprints
 from ratchet.launch.preflight import check_memory
 from ratchet.launch.replay import replay
 from ratchet.launch.run import run
@@ -61,20 +63,30 @@ def _sft(begun: Begun | None) -> int:
         return join_trainer(config, config.trainer)
     if config.slurm is not None:
         _end(begun)
-        check_sft(config)
+        check_sft(config, Seen(Inputs()))
         return submit("sft", config, config.slurm)
-    return run("sft", config, ("trainer",), lambda: check_sft(config), begun)
+    return run("sft", config, ("trainer",), lambda seen: check_sft(config, seen), begun)
 
 
-def check_sft(config: SFTConfig) -> Fingerprints:
-    """Refuse input that no SFT run could use; returns what it is. Raises: Refusal"""
+def check_sft(config: SFTConfig, seen: Seen) -> None:
+    """Refuse input that no SFT run could use, and see what it is. Raises: Refusal"""
     from ratchet.chat import Chat
-    from ratchet.models.check import check_model
-    from ratchet.trainer.sft_data import check_data
+    from ratchet.trainer.sft_data import check_data, data_inputs
 
-    model = check_model(config.model)
-    data = check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
-    return {"model": model, "data": data}
+    _check_model(config, seen)
+    seen.add(data_inputs(config.data))
+    check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
+
+
+def _check_model(config: RunConfig, seen: Seen) -> None:
+    """The bytes first: files that were changed may be none that can be read. Raises: Refusal"""
+    from ratchet.models.check import check_files, check_model
+
+    check_files(config.model)
+    seen.add(files.of_program(samples=isinstance(config, RLConfig)) | files.of_model(config.model))
+    check_model(config.model)
+    if seen.needs_weights and files.has_weights(config.model):
+        seen.add(files.weights_of(config.model))
 
 
 def rl(begun: Begun | None = None) -> NoReturn:
@@ -89,30 +101,29 @@ def _rl(begun: Begun | None) -> int:
         return join_trainer(config, config.trainer)
     if config.slurm is not None:
         _end(begun)
-        check_rl(config, is_alone=True)
+        check_rl(config, Seen(Inputs()), is_alone=True)
         return submit("rl", config, config.slurm)
     roles = ("inference", "orchestrator", "trainer")
-    return run("rl", config, roles, lambda: check_rl(config), begun)
+    return run("rl", config, roles, lambda seen: check_rl(config, seen), begun)
 
 
-def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
-    """Refuse input that no RL run could use; returns what it is. A program that is alone sees no server.
+def check_rl(config: RLConfig, seen: Seen, *, is_alone: bool = False) -> None:
+    """Refuse input that no RL run could use, and see what it is. A program that is alone sees no server.
 
     Raises: Refusal
     """
     from ratchet.inference.vllm import command
-    from ratchet.models.check import check_model
     from ratchet.orchestrator.check import check, probe
 
-    found = {"model": check_model(config.model), **check(config)}
+    _check_model(config, seen)
+    check(config, seen)
     if is_alone:
-        return found
+        return
     check_memory(config)
     if config.inference is None:
         probe(config)
     elif config.inference.engine == "vllm":
         command.check(config)
-    return found
 
 
 def trainer(begun: Begun | None = None) -> NoReturn:
@@ -136,15 +147,13 @@ def _trainer(begun: Begun | None) -> int:
     if config.trainer.node_rank > 0:
         _end(begun)
         return join_trainer(config, config.trainer)
-    return run("rl", config, ("trainer",), lambda: check_trainer(config), begun)
+    return run("rl", config, ("trainer",), lambda seen: check_trainer(config, seen), begun)
 
 
-def check_trainer(config: RLConfig) -> Fingerprints:
-    """Refuse what no trainer of an RL run could use; returns what it is. Raises: Refusal"""
-    from ratchet.models.check import check_model
-
+def check_trainer(config: RLConfig, seen: Seen) -> None:
+    """Refuse what no trainer of an RL run could use, and see what it is. Raises: Refusal"""
     check_memory(config)
-    return {"model": check_model(config.model)}
+    _check_model(config, seen)
 
 
 def orchestrator() -> NoReturn:
@@ -164,10 +173,12 @@ def inference() -> NoReturn:
 
 def _inference() -> int:
     config = _parse(ServerConfig, "inference")
-    from ratchet.models.check import check_model
+    from ratchet.models.check import check_files, check_model
 
     is_vllm = config.inference is not None and config.inference.engine == "vllm"
+    check_files(config.model)
     check_model(config.model, may_be_quantised=is_vllm)
+    files.check_stated(config.model)
     from ratchet.inference.__main__ import serve
     from ratchet.inference.vllm import command
 

@@ -28,12 +28,12 @@ class LoraConfig(BaseConfig):
 class ModelConfig(BaseConfig):
     """Which model, and where its tokenizer comes from."""
 
-    name: Fixed[str]
-    """A directory with a Hugging Face model, or a hub name."""
+    name: Free[str]
+    """A directory with a Hugging Face model, or a hub name. Its content must stay, wherever it lies."""
     random_init: Fixed[bool] = False
     """Build the model from its config with weights drawn from the run's seed, instead of loading weights."""
-    tokenizer: Fixed[str | None] = None
-    """A directory or hub name of the tokenizer; by default the model's own."""
+    tokenizer: Free[str | None] = None
+    """A directory or hub name of the tokenizer; by default the model's own. Its content must stay."""
     attention: Announced[Literal["sdpa", "eager", "flash_attention_2"]] = "sdpa"
     """The attention kernel of transformers. On a CPU in bf16, eager trains faster."""
     freeze: Fixed[list[str]] = []

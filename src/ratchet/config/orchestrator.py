@@ -1,5 +1,6 @@
 """The orchestrator's own knobs."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -27,6 +28,8 @@ class EnvConfig(BaseConfig):
     """Its share of the draws, relative to the other environments."""
     args: Announced[dict[str, Any]] = {}
     """Keyword arguments of the environment."""
+    inputs: Free[list[Path]] = []
+    """Files and directories that its code reads besides: a run goes on only with the same content."""
 
     @property
     def label(self) -> str:
@@ -87,8 +90,8 @@ class ClientConfig(BaseConfig):
 class OrchestratorConfig(BaseConfig):
     """The orchestrator's own knobs."""
 
-    env: list[EnvConfig] = []
-    """The environments of the run: `[[orchestrator.env]]` tables."""
+    env: Free[list[EnvConfig]] = []
+    """The environments of the run: `[[orchestrator.env]]` tables. A change of one must be accepted by its value."""
     batch_size: Announced[Positive] = 256
     """Rollouts of one step."""
     group_size: Announced[Positive] = 16

@@ -24,6 +24,9 @@ class RunConfig(BaseConfig):
     """The step at which the run ends: absolute, also when it is resumed."""
     seed: Fixed[int] = 0
     ckpt: CkptConfig | None = None
+    accept_changes: Free[list[str]] = []
+    """Inputs that may differ from those that the run began with, each as GROUP=VALUE, which a refusal prints. May be
+    repeated: a value accepts one content."""
     log: LogConfig = LogConfig()
     launch: LaunchConfig = LaunchConfig()
     slurm: SlurmConfig | None = None

@@ -130,8 +130,8 @@ class RLTrainerConfig(TrainerConfig):
 class DataConfig(BaseConfig):
     """SFT data: rows of `messages`, or of `prompt` and `completion`."""
 
-    name: Fixed[str]
-    """A .jsonl or .parquet file, or the hub name of a dataset."""
+    name: Free[str]
+    """A .jsonl or .parquet file, or the hub name of a dataset. Its content must stay, wherever it lies."""
     split: Fixed[str] = "train"
     """The split of a hub dataset."""
     batch_size: Announced[Positive] = 64

@@ -8,6 +8,7 @@ Each method may be a coroutine.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
+from os import PathLike
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -51,6 +52,10 @@ StepResult = Score | RolloutFailure | Sequence[Message]
 class Environment(ABC):
     """Constructed with `EnvConfig.args` as keyword arguments; raises Refusal for arguments it cannot use."""
 
+    inputs: Sequence[str | PathLike[str]] = ()
+    """The files and directories that it reads, relative to the working directory: a run goes on only with the same
+    content. Set in the class or in the constructor."""
+
     @property
     @abstractmethod
     def size(self) -> int:
@@ -72,10 +77,6 @@ class Environment(ABC):
     @abstractmethod
     def step(self, task: Task, transcript: Transcript) -> StepResult | Awaitable[StepResult]:
         """What follows an answer: further messages, a score, or a failure that is never trained on."""
-
-    def fingerprint(self) -> str:
-        """A digest of the data, or nothing where there is none to compare."""
-        return ""
 
 
 async def settle(value: T | Awaitable[T]) -> T:

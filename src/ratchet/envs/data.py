@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from ratchet.durable import hash_file
 from ratchet.errors import Refusal
 
 Row = dict[str, Any]
@@ -62,11 +61,6 @@ def _read_parquet(file: Path) -> list[tuple[str, Row]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise Refusal(f"{file} cannot be read as parquet: {error}.") from None
     return [(f"{file}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
-
-
-def fingerprint(*paths: str | None) -> str:
-    """One digest for the contents of some files."""
-    return "-".join(hash_file(Path(path)) for path in paths if path is not None)
 
 
 def missing_text(row: Row, key: str) -> str | None:

@@ -1,11 +1,11 @@
 """A user's own code by its name, `module:name`, found from the working directory on."""
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from ratchet.errors import Refusal
+from ratchet.inputs import code
 
 
 def import_object(path: str, key: str, what: str) -> Any:
@@ -16,16 +16,15 @@ def import_object(path: str, key: str, what: str) -> Any:
     module_name, separator, name = path.partition(":")
     if not separator or not module_name or not name:
         raise Refusal(f"{key} = {path!r} must have the form module:name and name {what}.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    code.look_here()
+    code.watch()
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise Refusal(
-            f"{key} = {path!r}: there is no module {error.name!r}; it is looked for in {here} and among the "
+            f"{key} = {path!r}: there is no module {error.name!r}; it is looked for in {Path.cwd()} and among the "
             "installed packages. Correct the name, or run the command where the module is."
         ) from None
     for part in name.split("."):

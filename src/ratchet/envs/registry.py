@@ -1,7 +1,8 @@
 """From an environment's id to the environment."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ratchet.config import EnvConfig
 from ratchet.envs.base import Environment
@@ -9,8 +10,22 @@ from ratchet.envs.importing import import_object
 from ratchet.envs.reverse_text import ReverseText
 from ratchet.envs.single_turn import Rows
 from ratchet.errors import Refusal
+from ratchet.inputs import code, files
+from ratchet.inputs.seen import Seen
 
 BUILT_IN: dict[str, Callable[..., Environment]] = {"reverse_text": ReverseText, "rows": Rows}
+
+
+def build_all(tables: Sequence[EnvConfig], seen: Seen) -> dict[str, Environment]:
+    """Every environment by its label; `seen` learns first of their code, then of the files that they read.
+
+    Raises: Refusal with the remedy
+    """
+    seen.add(code.of_code(tables))
+    envs = {table.label: build(table) for table in tables}
+    declared = {t.label: [*t.inputs, *map(Path, envs[t.label].inputs)] for t in tables}
+    seen.add(files.of_declared(declared) | files.of_tables(tables, declared))
+    return envs
 
 
 def build(config: EnvConfig) -> Environment:

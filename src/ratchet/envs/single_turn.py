@@ -17,7 +17,7 @@ class SingleTurn(Environment):
     """Rows of two files; a subclass says how a row is asked and how an answer is scored."""
 
     def __init__(self, train: str, held_out: str | None, check: data.Check) -> None:
-        self._paths = (train, held_out)
+        self.inputs = [train] if held_out is None else [train, held_out]
         self._rows: dict[Split, list[Row]] = {
             "train": data.read_rows(train, check),
             "eval": data.read_rows(held_out, check) if held_out is not None else [],
@@ -39,9 +39,6 @@ class SingleTurn(Environment):
 
     def step(self, task: Task, transcript: Transcript) -> StepResult:
         return self.score(transcript.completion, task.data)
-
-    def fingerprint(self) -> str:
-        return data.fingerprint(*self._paths)
 
     @abstractmethod
     def ask(self, row: Row) -> Sequence[Message]:

@@ -15,6 +15,8 @@ from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_OK, Refusal
 from ratchet.inference.vllm.command import become
+from ratchet.inputs import files
+from ratchet.inputs.seen import Guard
 
 
 def main() -> int:
@@ -60,6 +62,8 @@ def _serve(
 ) -> int:
     assert config.inference is not None
     wanted = config.inference.device
+    if assignment is not None:
+        Guard(assignment, name).add(files.of_program(samples=True) | files.of_model(config.model))
     if config.inference.engine == "vllm":
         become(config, listener.fileno(), assignment.stage.directory if assignment is not None else None)
     # Read by cuBLAS when it starts, so before torch is imported.

@@ -70,10 +70,13 @@ def begin_for(roles: Iterable[str]) -> Begun | None:
 
 
 def child_environment(threads: int, *, keeps_memory: bool = False) -> dict[str, str]:
-    """Fixed thread counts, who the parent is (see `process.die_with_parent`), and that freed memory is kept, unless the
-    user says how it is allocated."""
+    """Fixed thread counts, one order of sets, who the parent is (see `process.die_with_parent`), and that freed memory
+    is kept, unless the user says how it is allocated."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    fixed = {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
+    fixed = {name: str(threads) for name in names} | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+    }
     own = {"RATCHET_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     kept = {"GLIBC_TUNABLES": MEMORY} if keeps_memory else {}
     return {**kept, **os.environ, **fixed, **own}

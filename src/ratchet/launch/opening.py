@@ -15,10 +15,13 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, config_io, durable, metrics, process, resume
+from ratchet import attempts, checkpoint, config_io, durable, metrics, process, resume
 from ratchet.attempts import Lock, Outcome, Plan, Record
 from ratchet.config import OnResume, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_OK, RatchetError, Refusal
+from ratchet.inputs import code, files, seen
+from ratchet.inputs.seen import Seen
+from ratchet.inputs.tree import LATE, WEIGHTS, Inputs, undone
 from ratchet.memory import Memory
 from ratchet.mirror import upload as uploading
 from ratchet.mirror.restore import restore
@@ -26,8 +29,8 @@ from ratchet.paths import RunPaths, step_name
 from ratchet.stage import Stage
 from ratchet.trainer import schedule
 
-Fingerprints = dict[str, str]
-"""A digest of each thing that a configuration names and that must not change within a run."""
+Check = Callable[[Seen], None]
+"""Refuses input that no program could use, and adds what it finds to what was seen. Raises: Refusal"""
 
 
 @dataclass
@@ -58,11 +61,10 @@ class Attempt:
         self.lock.release()
 
 
-def open_attempt(kind: str, config: RunConfig, check: Callable[[], Fingerprints]) -> Attempt | Plan:
+def open_attempt(kind: str, config: RunConfig, check: Check) -> Attempt | Plan:
     """Take the lock, plan and apply; or return the plan of a run that is complete already.
 
-    `check` raises a Refusal for input that no program could use, and returns what the input is; it runs when there
-    is work to be done.
+    `check` runs when there is work to be done.
 
     Raises: Refusal, before anything of the run was touched.
     """
@@ -127,9 +129,7 @@ def _check_kind(kind: str, config: RunConfig, last: Record) -> None:
         )
 
 
-def _open(
-    kind: str, config: RunConfig, check: Callable[[], Fingerprints], paths: RunPaths, lock: Lock
-) -> Attempt | Plan:
+def _open(kind: str, config: RunConfig, check: Check, paths: RunPaths, lock: Lock) -> Attempt | Plan:
     last = attempts.newest(paths)
     number = _next_number(paths)
     stage = Stage.open(paths, attempts.token(number, "launcher", 0))
@@ -143,10 +143,9 @@ def _open(
             last = _carry_out(stage, last)
         chosen, announced = decide(kind, paths, config, last)
         if not chosen.complete:
-            fingerprints = check()
-            if last is not None and has_produced(paths):
-                fingerprints = _check_fingerprints(last.fingerprints, fingerprints)
-            record = _begin(stage, kind, config, number, last, chosen, announced, fingerprints)
+            found = _look(paths, config, last if has_produced(paths) else None, chosen)
+            check(found)
+            record = _begin(stage, kind, config, number, last, chosen, announced, found)
             memory = Memory.open(config, record.run_id, number)  # before anybody can join
             record = _carry_out(stage, record)
             stage.enter()
@@ -215,15 +214,28 @@ def has_produced(paths: RunPaths) -> bool:
     )
 
 
-def _check_fingerprints(old: Fingerprints, new: Fingerprints) -> Fingerprints:
-    """What is recorded: the old ones with those that are new. Raises: Refusal if one is not what it was."""
-    changed = [name for name in new if old.get(name, new[name]) != new[name]]
-    if changed:
-        raise Refusal(
-            f"{', '.join(changed)} changed since this run began, so it cannot be continued exactly: restore the "
-            "files, or start a new run with another --output-dir."
-        )
-    return old | new
+def _look(paths: RunPaths, config: RunConfig, last: Record | None, chosen: Plan) -> Seen:
+    """What this start holds its inputs against: the names that held where it continues. Raises: Refusal"""
+    known = Inputs() if last is None else inherited(paths, last, chosen)
+    needs_weights = files.has_weights(config.model) and (
+        not chosen.from_checkpoint or config.model.lora is not None or WEIGHTS not in known.groups
+    )
+    step = max(chosen.step, chosen.next_batch)
+    found = Seen(known, accepts=config.accept_changes, step=step, needs_weights=needs_weights)
+    if late := known.groups.get(LATE):
+        found.add({LATE: code.of_modules(late)})
+    return found
+
+
+def inherited(paths: RunPaths, last: Record, chosen: Plan) -> Inputs:
+    """The names of a run's inputs where a plan continues: a rollback brings back those of its checkpoint."""
+    found = seen.known(paths, last)
+    if chosen.rollback:
+        stated = checkpoint.inputs(paths, chosen.step) if chosen.from_checkpoint else None
+        if stated is not None:
+            return stated
+        return undone(found, at=chosen.step, is_rollback=True)
+    return undone(found, at=chosen.next_batch, is_rollback=False) if chosen.cuts_log else found
 
 
 def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
@@ -257,10 +269,11 @@ def _begin(
     last: Record | None,
     chosen: Plan,
     announced: tuple[str, ...],
-    fingerprints: Fingerprints,
+    found: Seen,
 ) -> Record:
     """Commit the intent: the attempt's configuration, then its record with the plan."""
     paths = stage.paths
+    announced += _about_inputs(found, has_run=last is not None and has_produced(paths))
     environment = attempts.environment()
     if last is not None:
         announced += tuple(
@@ -282,10 +295,20 @@ def _begin(
         plan=chosen,
         announced=announced,
         environment=environment,
-        fingerprints=fingerprints,
+        inputs=found.inputs,
         config_xxh3=durable.hash_bytes(resolved),
     )
     return attempts.write(stage, record)
+
+
+def _about_inputs(found: Seen, *, has_run: bool) -> tuple[str, ...]:
+    """What is said aloud about the inputs: changes that are accepted now, names that there were none of before."""
+    said = tuple(f"accepted {entry}" for entry in found.inputs.accepted if entry not in found.before.accepted)
+    if has_run and not found.before.groups:
+        said += (
+            "this run was begun without names of its inputs: those of now are recorded, and hold from here on",
+        )
+    return said
 
 
 def _carry_out(stage: Stage, record: Record) -> Record:

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import IO, Any
 
 import msgspec
@@ -19,7 +18,7 @@ from ratchet.launch import devices, early
 from ratchet.launch.births import Nursery
 from ratchet.launch.early import Begun
 from ratchet.launch.nodes import ranks_of
-from ratchet.launch.opening import Attempt, Fingerprints, open_attempt
+from ratchet.launch.opening import Attempt, Check, open_attempt
 from ratchet.launch.preflight import disk_warning
 from ratchet.launch.supervisor import Supervisor
 from ratchet.launch.tracking import Tracking
@@ -40,7 +39,7 @@ def run(
     kind: str,
     config: RunConfig,
     roles: tuple[str, ...],
-    check: Callable[[], Fingerprints],
+    check: Check,
     begun: Begun | None = None,
 ) -> int:
     """Run one attempt of `sft` or `rl` to its exit code, with the nursery that has begun, or one that begins now."""

@@ -12,7 +12,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ratchet import attempts, config_io, durable
+import msgspec
+
+from ratchet import attempts, checkpoint, config_io, durable
 from ratchet.attempts import KINDS, Outcome, Plan, Record, Restored
 from ratchet.config import RunConfig
 from ratchet.durable import MANIFEST
@@ -145,7 +147,7 @@ def _place(stage: Stage, store: Store, entry: Entry, fetched: Path, config: RunC
         target = paths.root / source.relative_to(fetched)
         target.parent.mkdir(exist_ok=True)
         _replace(stage, source, target)
-    _add_record(store, entry, there, config)
+    _add_record(stage.paths, store, entry, there, config)
     _replace(stage, there.attempts, paths.attempts)
 
 
@@ -158,9 +160,10 @@ def _replace(stage: Stage, source: Path, target: Path) -> None:
     stage.move(source, target)
 
 
-def _add_record(store: Store, entry: Entry, there: RunPaths, config: RunConfig) -> None:
+def _add_record(paths: RunPaths, store: Store, entry: Entry, there: RunPaths, config: RunConfig) -> None:
     """One more attempt, which stopped at the restored step; of a new lineage, because other steps may have followed."""
     record, old = _record(store, entry, config)
+    stated = checkpoint.inputs(paths, entry.step)
     number = 1 + max(attempts.numbers(there))
     data = config_io.to_toml(old)
     there.attempt(number).mkdir()
@@ -186,6 +189,7 @@ def _add_record(store: Store, entry: Entry, there: RunPaths, config: RunConfig) 
             applied=True,
             outcome=Outcome(EXIT_STOPPED, f"restored from {store.url}/{entry.name}"),
             environment=record.environment,
+            inputs=msgspec.UNSET if stated is None else stated,
             fingerprints=record.fingerprints,
             restored=Restored(store.url, entry.name, entry.step),
             config_xxh3=durable.hash_bytes(data),

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ratchet import hub
+from ratchet.chat import COPIED
 from ratchet.chat import FILES as CHAT_FILES
 from ratchet.config import ModelConfig
 from ratchet.errors import Refusal
@@ -22,7 +23,6 @@ from ratchet.rng import derive
 disable_progress_bar()  # the programs write to log files
 
 WEIGHTS = "model.safetensors"
-_COPIED = [*CHAT_FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"]
 
 
 def build(
@@ -62,7 +62,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def source_directory(model: ModelConfig) -> Path:
     """Where the config and tokenizer files of a model lie on this machine."""
-    return hub.snapshot(model.name, _COPIED)
+    return hub.snapshot(model.name, COPIED)
 
 
 def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) -> None:
@@ -83,7 +83,7 @@ def save_rest(directory: Path, dtype: torch.dtype, model: ModelConfig) -> None:
     config["dtype"] = str(dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer = source if model.tokenizer is None else hub.snapshot(model.tokenizer, CHAT_FILES)
-    for name in _COPIED:
+    for name in COPIED:
         origin = source if name == "generation_config.json" else tokenizer
         if name != "config.json" and (origin / name).exists():
             shutil.copyfile(origin / name, directory / name)

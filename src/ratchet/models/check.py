@@ -13,17 +13,30 @@ from ratchet.errors import Refusal
 from ratchet.paths import parse_step
 
 
-def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> str:
-    """Returns a fingerprint of the model's files.
-
-    Raises: Refusal with the remedy if files are missing, or damaged in a directory that states hashes, or if the
-    weights are quantised where only vLLM could use them.
-    """
+def check_files(model: ModelConfig) -> None:
+    """Raises: Refusal with the remedy if there is no model, or none of its weights."""
     if not Path(model.name).is_dir() and hub.is_local(model.name):
         raise Refusal(f"The model directory {model.name} does not exist{_remedy(Path(model.name))}.")
     directory = hub.snapshot(model.name, ["config.json"])
     if not (directory / "config.json").exists():
         raise Refusal(f"{directory} has no config.json, so it is not a model directory.")
+    if model.random_init:
+        return
+    if not Path(model.name).is_dir():
+        # Downloaded before any program waits for it.
+        directory = hub.snapshot(model.name, ["*.safetensors", "*.json", "*.jinja", "*.txt"])
+    if not any(directory.glob("*.safetensors")):
+        raise Refusal(
+            f"{directory} holds no *.safetensors: give a trained model, or set model.random_init = true."
+        )
+
+
+def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
+    """Refuse a model that is there and that no program here could use.
+
+    Raises: Refusal with the remedy, also if the weights are quantised where only vLLM could use them.
+    """
+    directory = hub.snapshot(model.name, ["config.json"])
     if not may_be_quantised and _read_config(directory).get("quantization_config"):
         raise Refusal(
             f"{model.name} holds quantised weights, which can be served by vLLM but not trained: give the model "
@@ -33,19 +46,6 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> str:
         raise Refusal("model.attention is flash_attention_2, but the package flash-attn is not installed.")
     if model.lora is not None and importlib.util.find_spec("peft") is None:
         raise Refusal("model.lora needs the package peft: install `ratchet[lora]`.")
-    if model.random_init:
-        return durable.hash_file(directory / "config.json")
-    if not Path(model.name).is_dir():
-        # Downloaded before any program waits for it.
-        directory = hub.snapshot(model.name, ["*.safetensors", "*.json", "*.jinja", "*.txt"])
-    if not any(directory.glob("*.safetensors")):
-        raise Refusal(
-            f"{directory} holds no *.safetensors: give a trained model, or set model.random_init = true."
-        )
-    if (directory / durable.MANIFEST).exists():
-        return durable.payload_digest(durable.verify(directory).files)
-    sizes = [f"{path.name} {path.stat().st_size}" for path in sorted(directory.glob("*.safetensors"))]
-    return durable.hash_bytes("\n".join([durable.hash_file(directory / "config.json"), *sizes]).encode())
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

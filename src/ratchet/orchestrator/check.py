@@ -15,6 +15,7 @@ from ratchet.config import EnvConfig, RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment, Message, Split, settle
 from ratchet.errors import Refusal
+from ratchet.inputs.seen import Seen
 from ratchet.log import LOGGER
 from ratchet.orchestrator import vllm_fit
 from ratchet.orchestrator.client import WeightInfo, nobody_answers
@@ -25,21 +26,18 @@ _PROBE_TIMEOUT_S = 5.0
 _TASKS_MEASURED = 2000
 
 
-def check(config: RLConfig) -> dict[str, str]:
-    """Refuse what no orchestrator could run; returns a fingerprint of each environment's data.
+def check(config: RLConfig, seen: Seen) -> None:
+    """Refuse what no orchestrator could run, and see what it is. Needs no network and no torch.
 
-    Raises: Refusal with the remedy. Needs no network and no torch.
+    Raises: Refusal with the remedy
     """
     _check_levels(config)
     if not config.orchestrator.env:
         raise Refusal("An RL run needs an environment: add an [[orchestrator.env]] table.")
     chat = Chat.load(config.model.tokenizer or config.model.name)
-    found = {}
+    envs = registry.build_all(config.orchestrator.env, seen)
     for env_config in config.orchestrator.env:
-        env = registry.build(env_config)
-        _check_env(config, env_config, env, chat)
-        found[f"the data of environment {env_config.label}"] = env.fingerprint()
-    return found
+        _check_env(config, env_config, envs[env_config.label], chat)
 
 
 def _check_levels(config: RLConfig) -> None:

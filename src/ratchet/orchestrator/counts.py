@@ -24,6 +24,7 @@ class _Counts:
     uses: list[Use] = field(default_factory=list)
     replayed: int = 0
     mismatched: int = 0
+    input_changed: int = 0
     env_s: float = 0.0
     play_s: float = 0.0
 
@@ -46,6 +47,7 @@ class Counting:
             uses=self._pool.usage(),
             replayed=self._finished.replayed,
             mismatched=self._finished.mismatched,
+            input_changed=self._finished.input_changed + self._scheduler.input_changed,
             env_s=self._player.env_s,
             play_s=self._player.play_s,
         )
@@ -66,4 +68,5 @@ class Counting:
             **{f"fault/{name}": count for name, count in faults.items()},
             "fault/replayed_from_journal": now.replayed - before.replayed,
             "fault/journal_mismatch": now.mismatched - before.mismatched,
+            "fault/input_changed": now.input_changed - before.input_changed,
         }

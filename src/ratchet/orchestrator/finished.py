@@ -5,14 +5,11 @@ nobody waits for either.
 """
 
 import asyncio
-import inspect
-from collections.abc import Container, Mapping
-from pathlib import Path
+from collections.abc import Container
 
-from ratchet import durable, journal
+from ratchet import journal
 from ratchet.attempts import Assignment
 from ratchet.config import EnvConfig, RLConfig
-from ratchet.envs.base import Environment
 from ratchet.journal import Entry, Journal, RolloutId
 from ratchet.orchestrator.play import Place
 from ratchet.orchestrator.target import Target
@@ -25,29 +22,34 @@ class Finished:
     def __init__(
         self,
         run: Assignment,
-        envs: Mapping[str, Environment],
+        inputs: str,
         target: Target,
         unsettled: Container[int],
     ) -> None:
-        """Raises: Damaged."""
+        """`inputs` is the digest of what the run reads. Raises: Damaged."""
         config: RLConfig = run.config
+        self._inputs = inputs
         self._is_exact = config.deterministic
         self._target = target
-        self._keys = {env.label: key(run, env, envs[env.label]) for env in config.orchestrator.env}
+        self._keys = {env.label: key(run, env) for env in config.orchestrator.env}
         self._journal = Journal(run.stage)
         self._journal.restore(unsettled)
         self._is_pending = asyncio.Event()
         self.replayed = 0
         self.mismatched = 0
+        self.input_changed = 0
 
     def find(self, place: Place) -> Sample | RolloutFailure | None:
         """The outcome of a rollout that was finished before a crash, if it is what would be played now."""
         entry = self._journal.find(RolloutId(place.env, place.draw, place.rollout))
         if entry is None:
             return None
-        is_same = entry.key == self._keys[place.env]
-        if not is_same or (self._is_exact and entry.policy != self._target.name):
+        settings, _, inputs = entry.key.partition("/")
+        if settings != self._keys[place.env] or (self._is_exact and entry.policy != self._target.name):
             self.mismatched += 1
+            return None
+        if inputs != self._inputs:
+            self.input_changed += 1
             return None
         self.replayed += 1
         return entry.outcome
@@ -59,7 +61,7 @@ class Finished:
                 env=place.env,
                 draw=place.draw,
                 rollout=place.rollout,
-                key=self._keys[place.env],
+                key=f"{self._keys[place.env]}/{self._inputs}",
                 policy=self._target.name,
                 sample=outcome if isinstance(outcome, Sample) else None,
                 failure=outcome if isinstance(outcome, RolloutFailure) else None,
@@ -92,23 +94,14 @@ class Finished:
         await asyncio.to_thread(self._journal.trim, self._journal.release(unsettled))
 
 
-def key(run: Assignment, config: EnvConfig, env: Environment) -> str:
-    """Everything configured that a rollout's tokens and reward depend on, as one digest."""
+def key(run: Assignment, env: EnvConfig) -> str:
+    """Every setting that a rollout's tokens and reward depend on, besides the inputs, as one digest."""
     run_config: RLConfig = run.config
     return journal.digest(
         {
             "run": [run.run_id, run.lineage, run_config.seed],
-            "model": run_config.model.model_dump(mode="json"),
-            "env": [config.label, config.id, config.args, env.fingerprint(), _code(env)],
+            "env": env.label,
             "sampling": run_config.orchestrator.sampling.model_dump(mode="json"),
             "group_size": run_config.orchestrator.group_size,
         }
     )
-
-
-def _code(env: Environment) -> str:
-    """A digest of the file that defines an environment, so that an edited reward is not mixed with the old one."""
-    try:
-        return durable.hash_file(Path(inspect.getfile(type(env))))
-    except (OSError, TypeError):
-        return ""

@@ -20,6 +20,7 @@ from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig
 from ratchet.envs.base import Environment
+from ratchet.inputs.seen import Guard
 from ratchet.log import LOGGER
 from ratchet.now import Now
 from ratchet.orchestrator.activity import Activity
@@ -49,6 +50,7 @@ class Orchestrator:
         envs: dict[str, Environment],
         scheduler: Scheduler,
         policies: Policies,
+        guard: Guard,
         wake: asyncio.Event,
     ) -> None:
         self._run = run
@@ -56,9 +58,11 @@ class Orchestrator:
         self._pool = pool
         self._envs = envs
         self._scheduler = scheduler
-        self._player = Player(chat, pool, replays=self._config.orchestrator.client.retries)
+        self._player = Player(
+            chat, pool, guard, seed=self._config.seed, replays=self._config.orchestrator.client.retries
+        )
         self._evaluator = Evaluator(run, self._player, chat, envs)
-        self._finished = Finished(run, envs, pool.target, scheduler.unsettled())
+        self._finished = Finished(run, guard.inputs.digest, pool.target, scheduler.unsettled())
         self._policies = policies
         self._is_evaluating = False
         self._wake = wake

@@ -5,15 +5,19 @@ new messages. A failure is a value with a reason, never a reward of 0.
 """
 
 import math
+import random
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
 
 from ratchet.chat import Chat
 from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript, settle
 from ratchet.errors import RatchetError
+from ratchet.inputs.seen import Guard
+from ratchet.inputs.tree import InputChanged
 from ratchet.log import LOGGER
 from ratchet.orchestrator.calls import Completion, Request
 from ratchet.orchestrator.pool import Pool, Strange
@@ -86,9 +90,11 @@ class Player:
     together, and those of them that were spent in the environment's own code.
     """
 
-    def __init__(self, chat: Chat, pool: Pool, *, replays: int) -> None:
+    def __init__(self, chat: Chat, pool: Pool, guard: Guard, *, seed: int, replays: int) -> None:
         self._chat = chat
         self._pool = pool
+        self._guard = guard
+        self._seed = seed
         self._replays = replays
         self._errors_seen = 0
         self.running = 0
@@ -102,7 +108,7 @@ class Player:
             task = await settle(env.task(index, split))
             return task, tuple(await settle(env.messages(task)))
 
-        found = await self._guard(first_messages(), f"{split} task {index}")
+        found = await self._call(first_messages, f"{split} task {index}", "open", split, index)
         if isinstance(found, RolloutFailure):
             return found
         task, messages = found
@@ -145,7 +151,7 @@ class Player:
                 return RolloutFailure(EMPTY, "the answer has no tokens")
             messages = (*messages, self._message(answer))
             transcript = Transcript(messages, answer.finish_reason)
-            result = await self._step(opening, transcript)
+            result = await self._step(opening, transcript, (*place, turn))
             if isinstance(result, RolloutFailure):
                 return result
             if isinstance(result, Score):
@@ -176,7 +182,7 @@ class Player:
     def _message(self, answer: Completion) -> Message:
         return {"role": "assistant", "content": self._chat.decode(answer.token_ids)}
 
-    async def _step(self, opening: Opening, transcript: Transcript) -> StepResult:
+    async def _step(self, opening: Opening, transcript: Transcript, at: tuple[int | str, ...]) -> StepResult:
         async def step() -> StepResult:
             result = await settle(opening.env.step(opening.task, transcript))
             if isinstance(result, Score):
@@ -188,16 +194,22 @@ class Player:
                 raise TypeError(f"step returned {result!r}: no score, no failure, no messages")
             return list(result)
 
-        result = await self._guard(step(), f"task {opening.task.id}")
+        result = await self._call(step, f"task {opening.task.id}", *at)
         if isinstance(result, Score) and not _is_finite(result):
             return RolloutFailure(BAD_SCORE, f"{result}")
         return result
 
-    async def _guard(self, call: Awaitable[T], what: str) -> T | RolloutFailure:
-        """Run an environment's own code: whatever it raises is the rollout's failure, not the program's."""
+    async def _call(self, call: Callable[[], Awaitable[T]], what: str, *at: int | str) -> T | RolloutFailure:
+        """Run an environment's own code: whatever it raises is the rollout's failure, not the program's.
+
+        Chance in it is a function of the place. Raises: InputChanged for a module that is not what it was
+        """
         started = time.perf_counter()
+        _fix_chance(derive(self._seed, "env", *at))
         try:
-            return await call
+            return await call()
+        except InputChanged:
+            raise
         except Exception as error:
             self._errors_seen += 1
             if self._errors_seen <= _ERRORS_SHOWN:
@@ -205,6 +217,13 @@ class Player:
             return RolloutFailure(ENV_ERROR, repr(error))
         finally:
             self.env_s += time.perf_counter() - started
+            self._guard.check()
+
+
+def _fix_chance(seed: int) -> None:
+    """What user code draws from the modules `random` and `numpy.random`; coroutines share it after their first wait."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _is_finite(score: Score) -> bool:

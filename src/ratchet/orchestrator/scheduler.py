@@ -20,6 +20,7 @@ FAILED = "failed"
 NO_SIBLINGS = "no_siblings"
 TOO_OLD = "too_old"
 ENV_REMOVED = "env_removed"
+INPUT_CHANGED = "input_changed"
 # So many batches' worth of groups may fail for one batch before the run is stopped as hopeless.
 _HOPELESS_BATCHES = 10
 _HOPELESS_GROUPS = 50
@@ -34,6 +35,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     max_async_level: int
     max_off_policy_steps: int
     deterministic: bool = False
+    inputs: str = ""
+    """Digest of what the run reads: groups that were finished under another one are played again."""
 
     def required_policy(self, batch: int) -> int:
         """The oldest policy that may sample batch `batch`; in deterministic mode the only one."""
@@ -62,6 +65,9 @@ class Group(msgspec.Struct, frozen=True):
 
     draw: int
     samples: list[Sample]
+    env: str = ""
+    count: int = -1
+    """Of its draw; unknown in states of versions before."""
 
     @property
     def oldest_policy(self) -> int:
@@ -112,6 +118,8 @@ class State(msgspec.Struct, kw_only=True):
     drops_since: list[tuple[int, str]] = []
     """Those dropped since the newest batch."""
     rollouts_dropped_since: dict[str, int] = {}
+    inputs: str = ""
+    """Digest of what made the groups of this batch, and those that are ready."""
 
 
 class Scheduler:
@@ -135,6 +143,8 @@ class Scheduler:
         self._drops_of_batch: list[tuple[int, str]] = []
         self._drops_since: list[tuple[int, str]] = []
         self._rollouts_dropped: Counter[str] = Counter()
+        self.input_changed = 0
+        """Finished rollouts of the state that were made with other inputs, and are played again."""
 
     @property
     def next_batch(self) -> int:
@@ -188,10 +198,10 @@ class Scheduler:
 
         Raises: RatchetError if so many groups failed that the run makes no progress.
         """
-        del self._running[draw]
+        made = self._running.pop(draw)
         self._rollouts_dropped.update(failures)
         if len(samples) >= 2:
-            self._ready[draw] = Group(draw, samples)
+            self._ready[draw] = Group(draw, samples, made.env, made.count)
             return
         if samples:
             self._rollouts_dropped[NO_SIBLINGS] += len(samples)
@@ -271,6 +281,7 @@ class Scheduler:
             drops_of_batch=self._drops_of_batch,
             drops_since=sorted(self._drops_since),
             rollouts_dropped_since=dict(self._rollouts_dropped),
+            inputs=self._rules.inputs,
         )
         return msgspec.json.encode(state, order="deterministic")
 
@@ -284,12 +295,21 @@ class Scheduler:
         self.progress = state.progress
         self._next_draw = state.next_draw
         self._drawn_for_batch = state.drawn_for_batch
-        self._ready = {group.draw: group for group in state.ready}
         self._dropped = Counter(state.dropped)
         self._drops_of_batch, self._drops_since = state.drops_of_batch, state.drops_since
         self._rollouts_dropped = Counter(state.rollouts_dropped_since)
         self._restore_counts(state.envs)
-        for draw in state.running:
+        again = list(state.running)
+        for group in state.ready:
+            if not state.inputs or state.inputs == self._rules.inputs:
+                self._ready[group.draw] = group
+                continue
+            self.input_changed += len(group.samples)
+            if group.count >= 0:
+                again.append(Draw(group.draw, group.env, group.count, -1))
+            else:
+                self._drop(group.draw, INPUT_CHANGED)
+        for draw in sorted(again, key=lambda d: d.draw):
             if draw.env in self._orders:
                 row = self._orders[draw.env].row(draw.count)
                 self._again.append(msgspec.structs.replace(draw, row=row))

@@ -13,6 +13,8 @@ from ratchet.config import RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment
 from ratchet.errors import RatchetError, Refusal, Stopped
+from ratchet.inputs import code, files
+from ratchet.inputs.seen import Guard
 from ratchet.orchestrator.client import Client
 from ratchet.orchestrator.loop import Orchestrator
 from ratchet.orchestrator.policies import Policies
@@ -25,8 +27,9 @@ from ratchet.weights import Places
 _SLOTS_UNKNOWN = 256
 
 
-def rules_of(config: RLConfig) -> Rules:
+def rules_of(config: RLConfig, inputs: str = "") -> Rules:
     return Rules(
+        inputs=inputs,
         seed=config.seed,
         groups_per_batch=config.orchestrator.groups_per_batch,
         max_steps=config.max_steps,
@@ -68,11 +71,11 @@ def read_state(run: Assignment, batch: int) -> bytes | None:
     return batchlog.read_state(last)
 
 
-def build_scheduler(run: Assignment, envs: dict[str, Environment]) -> Scheduler:
-    """The scheduler at the place where the log ends; its rows completed."""
+def build_scheduler(run: Assignment, envs: dict[str, Environment], inputs: str) -> Scheduler:
+    """The scheduler at the place where the log ends, under the inputs of this digest; its rows completed."""
     config: RLConfig = run.config
     shares = [EnvShare(env.label, env.weight, envs[env.label].size) for env in config.orchestrator.env]
-    scheduler = Scheduler(rules_of(config), shares)
+    scheduler = Scheduler(rules_of(config, inputs), shares)
     batch = next_batch(run)
     if (state := read_state(run, batch)) is not None:
         scheduler.restore(state)
@@ -105,9 +108,13 @@ async def orchestrate(run: Assignment, base_urls: Sequence[str], *, is_own_serve
     if is_own_server:
         # The launcher notices when it dies; how long a large model loads is nobody's error.
         client_config = client_config.model_copy(update={"wait_s": math.inf})
+    guard = Guard(run, "orchestrator")
+    guard.add(files.of_program(samples=True) | files.of_model(config.model))
+    code.watch().see = guard.see_module
     chat = Chat.load(config.model.tokenizer or config.model.name)
-    envs = {env.label: registry.build(env) for env in config.orchestrator.env}
-    scheduler = build_scheduler(run, envs)
+    envs = registry.build_all(config.orchestrator.env, guard)
+    guard.check()
+    scheduler = build_scheduler(run, envs, guard.inputs.digest)
     target, routing = Target(places_of(run), is_exact=config.deterministic), routing_rules(config)
     policies = Policies(run, rules_of(config), scheduler, target)
     wake = asyncio.Event()
@@ -120,7 +127,7 @@ async def orchestrate(run: Assignment, base_urls: Sequence[str], *, is_own_serve
             for url in base_urls
         ]
         pool = Pool(clients, client_config, target, routing, on_change=wake.set)
-        orchestrator = Orchestrator(run, pool, chat, envs, scheduler, policies, wake)
+        orchestrator = Orchestrator(run, pool, chat, envs, scheduler, policies, guard, wake)
         work = asyncio.create_task(orchestrator.run())
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, work.cancel)

@@ -11,6 +11,7 @@ import msgspec
 from ratchet import attempts, config_io, timeline
 from ratchet.attempts import Record
 from ratchet.errors import RatchetError
+from ratchet.inputs import history
 from ratchet.ledger import Line
 from ratchet.metrics import Row
 from ratchet.paths import RunPaths
@@ -36,10 +37,19 @@ def run_facts(view: View, *, rollout_bytes: int) -> dict[str, Any]:
         "marks": marks(paths),
         "timeline": timeline_facts(paths),
         "ledger": ledger_facts(paths),
-        "config": dict(config_io.leaves(view.settings)),
+        "config": dict(config_io.leaves(view.settings)) | input_facts(paths),
         "attempts": attempt_facts(paths, view.record),
         "rollouts": rollouts.sample(paths, view.settings, limit_bytes=rollout_bytes),
     }
+
+
+def input_facts(paths: RunPaths) -> dict[str, str]:
+    """What the run reads, beside its settings: two runs differ in either."""
+    try:
+        found = history.newest(paths)
+    except RatchetError:
+        return {}
+    return {} if found is None else {f"inputs/{name}": value for name, value in history.leaves(found).items()}
 
 
 def series(sources: dict[str, Sequence[Row]]) -> dict[str, dict[str, list[float]]]:
@@ -81,6 +91,11 @@ def marks(paths: RunPaths) -> list[dict[str, Any]]:
         if number > 1:
             word = "went back" if record.plan.rollback else "resumed"
             found.append({"step": record.plan.step, "attempt": number, "text": f"attempt {number} {word}"})
+        accepted = () if record.inputs is msgspec.UNSET else record.inputs.accepted
+        for entry in accepted:
+            mark = {"step": entry.step, "attempt": number, "text": f"accepted: {entry}"}
+            if mark["text"] not in [other["text"] for other in found]:
+                found.append(mark)
         for restart in record.restarts:
             if restart.plan is not None:
                 text = f"trainer restarted ({restart.reason})"

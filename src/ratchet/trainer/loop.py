@@ -11,6 +11,9 @@ from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import Fenced, Stopped
+from ratchet.inputs import files
+from ratchet.inputs.seen import Guard
+from ratchet.inputs.tree import Tree
 from ratchet.log import LOGGER
 from ratchet.mirror.upload import Uploader
 from ratchet.models.trainable import build_trainable
@@ -19,11 +22,18 @@ from ratchet.records import Progress
 from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
 from ratchet.trainer.publish import Publisher
-from ratchet.trainer.sft_data import SFTSource
+from ratchet.trainer.sft_data import SFTSource, data_inputs
 from ratchet.trainer.source import Batch, LogSource, Source
 from ratchet.trainer.state import Checkpointer, TrainerState
 from ratchet.trainer.update import Outcome, open_updater
 from ratchet.trainer.world import World
+
+
+def inputs_of(config: SFTConfig | RLConfig) -> Tree:
+    """What every incarnation of a trainer reads, besides the weights that it begins with. Raises: Refusal"""
+    is_rl = isinstance(config, RLConfig)
+    found = files.of_program(samples=is_rl) | files.of_model(config.model)
+    return found | (data_inputs(config.data) if isinstance(config, SFTConfig) else {})
 
 
 def open_source(config: SFTConfig | RLConfig, paths: RunPaths, is_stopping: Callable[[], bool]) -> Source:
@@ -55,7 +65,10 @@ class Trainer:
         self._timeline = Timeline(assignment.stage if world.is_first else None)
         opened = time.perf_counter()
         self._is_stopping = is_stopping
-        model, base = build_trainable(self._config.model, seed=self._config.seed)
+        guard = Guard(assignment, "trainer", writes=world.is_first)
+        guard.add(inputs_of(self._config))
+        with files.verified_weights(self._config.model, guard.inputs):
+            model, base = build_trainable(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._on_commit)

@@ -20,6 +20,8 @@ from ratchet import attempts, checkpoint, device_notes, durable, log, metrics, p
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, Refusal
+from ratchet.inputs import files, history, seen
+from ratchet.inputs.tree import CONFIG, WEIGHTS, Tree, reconcile, short, value_of
 from ratchet.models.device import choose
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
@@ -27,10 +29,12 @@ from ratchet.records import Progress
 from ratchet.stage import Stage
 from ratchet.timeline import Timeline
 from ratchet.trainer import rows, schedule
-from ratchet.trainer.loop import open_source
+from ratchet.trainer.loop import inputs_of, open_source
 from ratchet.trainer.state import Checkpointer, TrainerState
 from ratchet.trainer.update import open_updater
 from ratchet.trainer.world import World, open_world, set_determinism
+
+_ROWS = ("data", "tokenizer", "template")
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,11 @@ class Replay:
         self._history = [attempts.read(self._paths, number) for number in attempts.numbers(self._paths)]
         self._rows = {row["step"]: row for row in metrics.read(self._paths.metric("trainer"))}
         self.last = max(self._rows, default=0)
+        self._inputs = seen.known(self._paths, self._history[-1])
+        self.verified: dict[str, str] = {}
+        """The inputs that were read again and are those of the run, by group."""
         is_rl = isinstance(self._config_of(0), RLConfig)
-        self.start = provable_start(self._paths, self.last) if is_rl else 0
+        self.start = provable_start(self._paths, self.last) if is_rl else self._first_of_these_rows()
         self._open(self._config_of(self.start))
         if self.start:
             self._checkpointer(self._config).restore(self._state, self.start)
@@ -88,10 +95,34 @@ class Replay:
 
     def _open(self, config: SFTConfig | RLConfig) -> None:
         self._config = config
-        model, base = build_trainable(config.model, seed=config.seed)
+        self._verify(inputs_of(config))
+        with files.verified_weights(config.model, self._inputs):
+            model, base = build_trainable(config.model, seed=config.seed)
+        self.verified |= {n: v for n, v in history.said(self._inputs).items() if n == WEIGHTS}
         self._updater = open_updater(model, config, self._world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._source = open_source(config, self._paths, lambda: False)
+
+    def _verify(self, found: Tree) -> None:
+        """Raises: InputChanged if what is trained with is not what this run was trained with"""
+        used = {CONFIG} if isinstance(self._config, RLConfig) else {CONFIG, *_ROWS}
+        found = {name: leaves for name, leaves in found.items() if name in used & {*self._inputs.groups}}
+        reconcile(self._inputs, found)
+        self.verified |= {name: short(value_of(leaves)) for name, leaves in found.items()}
+
+    def _first_of_these_rows(self) -> int:
+        """Demonstrations as they were before an accepted change are gone: it begins at a checkpoint after the last.
+
+        Raises: Refusal if there is none
+        """
+        changed = max((entry.step for entry in self._inputs.accepted if entry.group in _ROWS), default=0)
+        start = next((s for s in durable.committed(self._paths.checkpoints) if s >= changed), None)
+        if changed and start is None:
+            raise Refusal(
+                f"{self._paths.root} cannot be replayed: its data was changed at step {changed}, and no checkpoint "
+                "after that is there."
+            )
+        return start or 0 if changed else 0
 
     def _follow(self, step: int) -> None:
         """Take over the settings of update `step` where they changed, with the state as it is."""
@@ -184,6 +215,8 @@ def main() -> int:
             f"steps {replay.start} to {replay.last} trained again: {counts['row']} rows and {counts['checkpoint']} "
             f"checkpoints compared, {len(different)} different\n"
         )
+        read = ", ".join(f"{name} {value}" for name, value in sorted(replay.verified.items()))
+        sys.stdout.write(f"inputs verified: {read or 'none, this run has no names of them'}\n")
     world.part()
     return EXIT_CRASH if different else EXIT_OK
 

@@ -12,6 +12,8 @@ from ratchet import durable, hub
 from ratchet.chat import Chat, Message
 from ratchet.config import DataConfig
 from ratchet.errors import Refusal
+from ratchet.inputs import files
+from ratchet.inputs.tree import Tree
 from ratchet.rng import EpochOrder, derive
 from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch
@@ -21,8 +23,20 @@ TOKENS_KEPT = 2**20
 """Of rows that were rendered, for later epochs: about fifty megabytes in each rank."""
 
 
-def check_data(data: DataConfig, chat: Chat) -> str:
-    """Load the data, from the hub too; returns a fingerprint of it.
+def data_inputs(data: DataConfig) -> Tree:
+    """What the data is: the bytes of a file, or the rows of a data set of the hub. Raises: Refusal"""
+    if Path(data.name).is_file() or hub.is_local(data.name):
+        return files.of_data(data.name)
+    rows = durable.hash_bytes(b"".join(durable.hash_bytes(_as_json(row)).encode() for row in load_rows(data)))
+    return {"data": {"rows": rows}}
+
+
+def _as_json(row: Row) -> bytes:
+    return json.dumps(row, sort_keys=True, default=repr).encode()
+
+
+def check_data(data: DataConfig, chat: Chat) -> None:
+    """Load the data, from the hub too, and see that its first row can be learnt.
 
     Raises: Refusal naming file and line if any local row is malformed.
     """
@@ -32,7 +46,6 @@ def check_data(data: DataConfig, chat: Chat) -> str:
         raise Refusal(
             f"{data.name}, row 1 has no token to learn from ({len(ids)} tokens, none of the assistant's)."
         )
-    return durable.hash_file(Path(data.name)) if Path(data.name).is_file() else str(len(rows))
 
 
 def load_rows(data: DataConfig) -> Sequence[Row]:

@@ -24,6 +24,7 @@ from ratchet import attempts, checkpoint, durable, metrics
 from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
+from ratchet.inputs import seen
 from ratchet.log import LOGGER
 from ratchet.models import adapters
 from ratchet.records import FileEntry, Progress
@@ -192,7 +193,9 @@ class Checkpointer:
         (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
         rows = self._assignment.paths.metric("trainer")
         durable.fsync_path(rows)
-        meta = {"metrics": metrics.mark(rows), "schema": state.schema()}
+        run = self._assignment
+        inputs = msgspec.to_builtins(seen.with_notes(run.paths, run.attempt, run.inputs))
+        meta = {"metrics": metrics.mark(rows), "schema": state.schema(), "inputs": inputs}
         return directory, meta if state.base is None else meta | {"base": state.base}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:

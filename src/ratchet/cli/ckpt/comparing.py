@@ -25,6 +25,9 @@ def _report_lines(report: Report) -> list[str]:
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(report.dropped.items()))
     lines = [f"PROBLEM {finding}" for finding in report.findings]
     lines += [f"note: {note}" for note in report.notes]
+    if report.inputs:
+        lines.append(f"inputs: {', '.join(f'{group} {value}' for group, value in report.inputs.items())}")
+    lines += [f"accepted: {change}" for change in report.accepted]
     if report.ledger_range is not None:
         first, last = report.ledger_range
         lines.append(f"ledger: accounts for batches {first} to {last}")
@@ -48,6 +51,7 @@ def diff(arguments: argparse.Namespace) -> int:
     """Exit 1 if anything but a free setting differs."""
     (a, at), (b, bt) = _parse(arguments.a), _parse(arguments.b)
     settings = compare.settings(a, b)
+    inputs = compare.inputs(a, at, b, bt)
     counters = compare.counters(a.checkpoint(at), b.checkpoint(bt))
     if compare.has_equal_shards(a.checkpoint(at), b.checkpoint(bt)):
         tensors: list[Any] = []
@@ -57,12 +61,13 @@ def diff(arguments: argparse.Namespace) -> int:
         from ratchet.models import tensors as loaded
 
         tensors = loaded.differences(a.checkpoint(at), b.checkpoint(bt))
-    value = {"config": settings, "counters": counters, "tensors": tensors}
-    lines = [f"config {change}" for change in settings] + [f"counter {change}" for change in counters]
+    value = {"config": settings, "inputs": inputs, "counters": counters, "tensors": tensors}
+    lines = [f"config {change}" for change in settings] + [f"input {change}" for change in inputs]
+    lines += [f"counter {change}" for change in counters]
     lines += [f"tensor {tensor}" for tensor in tensors[:_SHOWN_TENSORS]]
     if len(tensors) > _SHOWN_TENSORS:
         lines.append(f"... and {len(tensors) - _SHOWN_TENSORS} more tensors (--json lists all)")
-    found = [change for change in settings if change.mark != "free"] or counters or tensors
+    found = [change for change in settings if change.mark != "free"] or inputs or counters or tensors
     say(value, lines or ["no difference"], as_json=arguments.json)
     return EXIT_FOUND if found else EXIT_OK
 

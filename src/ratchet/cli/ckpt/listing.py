@@ -12,6 +12,7 @@ from rich.table import Table
 from ratchet import attempts, audit, checkpoint, digest, durable, journal, ledger
 from ratchet.cli.ckpt.output import check_step, megabytes, say
 from ratchet.errors import EXIT_OK, EXIT_REFUSED, Damaged
+from ratchet.inputs import history
 from ratchet.paths import RunPaths, step_name
 
 SCHEDULER = f"{checkpoint.TRAINER}/scheduler.json"
@@ -110,13 +111,15 @@ def show(arguments: argparse.Namespace) -> int:
     check_step(paths, step)
     directory = paths.checkpoint(step)
     manifest = durable.read_manifest(directory)
-    schema = manifest.meta.get("schema", {})
+    schema, read = manifest.meta.get("schema", {}), checkpoint.inputs(paths, step)
     value: dict[str, Any] = {
         "step": step,
         "attempt": manifest.attempt,
         "world_size": manifest.world_size,
         "hash": manifest.hash,
         "versions": manifest.versions,
+        "inputs": history.leaves(read) if read else None,
+        "accepted": {entry.group: str(entry) for entry in read.accepted} if read and read.accepted else None,
         "progress": _read_json(directory / audit.PROGRESS),
         "learning_rate": _read_json(directory / SCHEDULER),
         "orchestrator": _orchestrator(directory),
