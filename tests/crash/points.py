@@ -167,11 +167,18 @@ ROWS = [
         "notes it before it computes",
         (),
     ),
+    Point(
+        "replace.inputs.json.before_rename",
+        "the plan; an input that only this program saw (a module imported late) not noted yet",
+        "notes it before what it names is used",
+        (),
+    ),
 ]
 
 REPLACED = {
     "attempts.py write": {"record.json"},
     "models/device.py note": {"device.json"},
+    "inputs/seen.py _note": {"inputs.json"},
     "launch/opening.py _begin": {"run.toml"},
     "launch/opening.py _carry_out": {"run.toml"},
     "ledger.py restore": {"ledger.jsonl"},

@@ -216,5 +216,6 @@ def test_what_the_toy_does_not_have_the_real_programs_die_at():
         *("mirror.after_file", "mirror.before_manifest", "mirror.committed"),
         "replace.state.json.before_rename",
         "replace.device.json.before_rename",
+        "replace.inputs.json.before_rename",
     ]
     assert [name for name in elsewhere if f'"{name}:' not in real] == []
