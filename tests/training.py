@@ -22,7 +22,7 @@ SMOOTH = {"lr": 1.0, "eps": 1.0}
 its first steps are `lr` times their signs, and a gradient near zero has either sign: which, the processor decides.
 """
 ROUNDING = 3e-6
-"""After a few smooth steps in fp32: sums of some hundred terms, all below the clipped norm of 1, keep more than five digits."""
+"""After a few smooth steps in fp32: sums of some hundred terms, all below the clipped norm of 1, keep five digits."""
 
 
 def settings(*, model=None, **trainer):

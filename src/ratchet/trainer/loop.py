@@ -92,7 +92,7 @@ class Trainer:
             step = self._step
             if not self._world.share(self._world.is_first and self._may_go_on(step)):
                 self._stop()
-            batch = self._source.read(step)
+            batch = self._source.read(self._state.progress)
             waited = time.perf_counter()
             self._timeline.add("wait", step + 1, waited - started)
             outcome = self._updater.begin(batch, step, self._factor(step))
