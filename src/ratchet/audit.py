@@ -1,5 +1,7 @@
 """What became of every draw, from the run directory alone: trained once, dropped once with a reason, or in flight.
 
+An SFT run has rows of data instead: `audit_rows`.
+
     ledger      one line a batch, chained            what was trained and dropped, for ever
     batches     those that are still there           the lines, made again and compared
     state       of the newest batch or checkpoint    what is in flight, and how many draws there were
@@ -14,13 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, checkpoint, durable, ledger, metrics
+from ratchet import attempts, audit_rows, checkpoint, durable, ledger, metrics
+from ratchet.audit_rows import PROGRESS, RowsReport
 from ratchet.errors import EXIT_OK, Damaged, Refusal
 from ratchet.ledger import Line, State
 from ratchet.paths import RunPaths, step_name
 from ratchet.records import Progress
 
-PROGRESS = f"{checkpoint.TRAINER}/progress.json"
 _TOTALS = ("samples", "tokens", "problems")
 
 
@@ -68,6 +70,8 @@ class Report(msgspec.Struct, kw_only=True):
     """The batches that the ledger accounts for, both included."""
     batch_range: tuple[int, int] | None = None
     """Of these, the ones that are still there and were compared."""
+    rows: RowsReport | None = None
+    """Of an SFT run: it draws nothing."""
 
 
 def audit(paths: RunPaths) -> Report:
@@ -83,7 +87,8 @@ def audit(paths: RunPaths) -> Report:
             "again, which finishes it first."
         )
     if record is not None and record.kind == "sft":
-        report.notes.append("an SFT run draws nothing: its data order is a function of the step")
+        report.rows, problems, report.notes = audit_rows.reconcile(paths)
+        report.findings = [Finding(what, detail) for what, detail in problems]
         return report
     report.notes += _restorations(paths)
     is_complete = record is not None and record.outcome is not None and record.outcome.code == EXIT_OK

@@ -167,6 +167,7 @@ def test_with_another_batch_size_the_rows_go_on_and_a_replay_follows(tmp_path):
     assert "data.batch_size: 8 -> 16" in said
     assert [row["progress/total_samples"] for row in rows(root)] == [8, 16, 24, 40, 56, 72]
     assert "6 rows and 2 checkpoints compared, 0 different" in run("trainer", "--replay", root)
+    assert "each 0 or 1 times; 72 consumed" in run("ckpt", "audit", root)
 
 
 @pytest.mark.campaign

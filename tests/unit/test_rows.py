@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 
+from ratchet import audit_rows
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import SFTConfig
 from ratchet.paths import RunPaths
@@ -32,13 +33,17 @@ def trained(monkeypatch):
 
 
 @pytest.fixture
-def attempt(world, tmp_path):
+def paths(tmp_path):
+    return RunPaths(tmp_path / "run")
+
+
+@pytest.fixture
+def attempt(world, tmp_path, paths):
     """Start the trainer of an attempt as its program does, without a launcher."""
     data = tmp_path / "rows.jsonl"
     data.write_text(
         "".join(json.dumps({"prompt": f"{i:03d}", "completion": "x"}) + "\n" for i in range(ROWS))
     )
-    paths = RunPaths(tmp_path / "run")
     for directory in (paths.staging, paths.checkpoints, paths.weights, paths.metrics, paths.timelines):
         directory.mkdir(parents=True)
     paths.metric("trainer").touch()
@@ -63,7 +68,7 @@ def attempt(world, tmp_path):
     return run
 
 
-def test_another_batch_size_on_resume_neither_skips_nor_repeats_rows(attempt, trained):
+def test_another_batch_size_on_resume_neither_skips_nor_repeats_rows(attempt, trained, paths):
     """Three batches of 8 and three of 16 are the first 72 rows of the epoch."""
     attempt(1, 0, 3, batch_size=8)
     attempt(2, 3, 6, batch_size=16)
@@ -72,6 +77,9 @@ def test_another_batch_size_on_resume_neither_skips_nor_repeats_rows(attempt, tr
     epoch = list(chain(*trained))
     assert len(set(epoch[:72])) == 72
     assert len(set(epoch)) == ROWS
+    report, problems, notes = audit_rows.reconcile(paths)
+    assert (problems, notes) == ([], [])
+    assert str(report) == "100 rows: each 1 times; 100 consumed, epoch 1.00"
     trained.clear()
     attempt(4, 0, 1, batch_size=ROWS)  # what nobody resumed
     assert trained == [epoch]

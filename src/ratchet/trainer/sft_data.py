@@ -128,7 +128,8 @@ class SFTSource:
         self._data = data
         self._chat = chat
         self._rows = load_rows(data)
-        self._order = EpochOrder(derive(seed, "data"), len(self._rows))
+        self.data_rows = len(self._rows)
+        self._order = EpochOrder(derive(seed, "data"), self.data_rows)
         self._rendered: dict[int, Example] = {}
         self._room = TOKENS_KEPT
 
@@ -148,7 +149,7 @@ class SFTSource:
         return batch
 
     def _example(self, draw: int) -> Example:
-        index = self._order.row(draw) if self._data.shuffle else draw % len(self._rows)
+        index = self._order.row(draw) if self._data.shuffle else draw % self.data_rows
         if (known := self._rendered.get(index)) is not None:
             return known
         example = self._render(index)

@@ -36,6 +36,11 @@ class Batch:
 class Source(Protocol):
     """Batch k as a function of how far the trainer has come."""
 
+    @property
+    def data_rows(self) -> int | None:
+        """How many rows of demonstrations there are; None where batches come from the log."""
+        ...
+
     def wait(self, step: int) -> bool:
         """Wait until batch `step` is there; False if the run is asked to stop meanwhile. Rank 0 calls it."""
         ...
@@ -47,6 +52,8 @@ class Source(Protocol):
 
 class LogSource:
     """RL: batches from the log, which the orchestrator writes."""
+
+    data_rows = None
 
     def __init__(self, paths: RunPaths, is_stopping: Callable[[], bool]) -> None:
         self._paths = paths
