@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ratchet.config import ModelConfig
 from ratchet.inputs import files
@@ -40,14 +40,13 @@ def load_s(model: ModelConfig, known: Inputs | None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What verifying the weights of a model costs.")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        made = Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)).to(torch.bfloat16)
-        made.save_pretrained(name)
-        del made
+        config = AutoConfig.for_model("qwen3", **SHAPE, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(name)
         size_bytes = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
         model = ModelConfig(name=name)
         known = inputs(files.weights_of(model))

@@ -17,6 +17,13 @@ from ratchet.trainer.update import open_updater
 
 MODEL = {"name": "examples/reverse_text/model", "random_init": True, "attention": "eager"}
 
+SMOOTH = {"lr": 1.0, "eps": 1.0}
+"""AdamW whose steps are those of the gradient, for what may differ by rounding. With an `eps` far below the gradients
+its first steps are `lr` times their signs, and a gradient near zero has either sign: which, the processor decides.
+"""
+ROUNDING = 3e-6
+"""After a few smooth steps in fp32: sums of some hundred terms, all below the clipped norm of 1, keep five digits."""
+
 
 def settings(*, model=None, **trainer):
     """SFT of the example's model with AdamW in fp32, unless stated otherwise."""

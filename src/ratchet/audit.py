@@ -1,5 +1,7 @@
 """What became of every draw, from the run directory alone: trained once, dropped once with a reason, or in flight.
 
+An SFT run has rows of data instead: `audit_rows`.
+
     ledger      one line a batch, chained            what was trained and dropped, for ever
     batches     those that are still there           the lines, made again and compared
     state       of the newest batch or checkpoint    what is in flight, and how many draws there were
@@ -14,14 +16,14 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, checkpoint, durable, ledger, metrics
+from ratchet import attempts, audit_rows, checkpoint, durable, ledger, metrics
+from ratchet.audit_rows import PROGRESS, RowsReport
 from ratchet.errors import EXIT_OK, Damaged, Refusal
 from ratchet.inputs import history
 from ratchet.ledger import Line, State
 from ratchet.paths import RunPaths, step_name
 from ratchet.records import Progress
 
-PROGRESS = f"{checkpoint.TRAINER}/progress.json"
 _TOTALS = ("samples", "tokens", "problems")
 
 
@@ -73,6 +75,8 @@ class Report(msgspec.Struct, kw_only=True):
     """What the run reads, by group: the attempts' records agree with every line of the ledger."""
     accepted: list[str] = []
     """Changes of an input that the user accepted, in order."""
+    rows: RowsReport | None = None
+    """Of an SFT run: it draws nothing."""
 
 
 def audit(paths: RunPaths) -> Report:
@@ -89,7 +93,9 @@ def audit(paths: RunPaths) -> Report:
         )
     _show_inputs(paths, report)
     if record is not None and record.kind == "sft":
-        report.notes.append("an SFT run draws nothing: its data order is a function of the step")
+        report.rows, problems, notes = audit_rows.reconcile(paths)
+        report.notes += notes
+        report.findings = [Finding(what, detail) for what, detail in problems]
         return report
     report.notes += _restorations(paths)
     is_complete = record is not None and record.outcome is not None and record.outcome.code == EXIT_OK

@@ -5,14 +5,14 @@ from typing import Any
 
 import msgspec
 
-from ratchet import attempts, audit, checkpoint, config_io, durable, ledger, metrics
+from ratchet import attempts, audit_rows, checkpoint, config_io, durable, ledger, metrics
 from ratchet.attempts import Plan
 from ratchet.inputs import history
 from ratchet.inputs.tree import changed
 from ratchet.paths import RunPaths
 
 _FILES = (
-    audit.PROGRESS,
+    audit_rows.PROGRESS,
     f"{checkpoint.TRAINER}/scheduler.json",
     f"{checkpoint.TRAINER}/optimizer_steps.json",
 )

@@ -10,6 +10,7 @@ from dcp import plain_dcp
 from programs import TINY_SFT, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, durable
 from ratchet.paths import RunPaths
+from training import ROUNDING, SMOOTH
 
 SFT = (*TINY_SFT, "--max-steps", "6")
 TWO = ("--trainer.nproc", "2", "--ckpt.interval", "2")
@@ -89,7 +90,8 @@ def test_all_ranks_stop_at_the_same_step_and_the_same_command_continues(tmp_path
     assert run_digest(root) == run_digest(whole)
 
 
-FP32 = ("--trainer.precision", "fp32", "--trainer.optim.type", "adamw", "--trainer.optim.lr", "1e-3")
+OPTIM = {"type": "adamw", **SMOOTH}
+FP32 = ("--trainer.precision", "fp32", *(f"--trainer.optim.{name}={value}" for name, value in OPTIM.items()))
 EXACT = (*SFT, *FP32, "--trainer.scheduler.horizon-steps", "40")
 
 
@@ -106,7 +108,9 @@ def assert_close(root, alone):
     found, expected = (plain_dcp(r / "checkpoints/step_6/trainer") for r in (root, alone))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=ROUNDING, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.slow
@@ -120,7 +124,7 @@ def test_one_rank_then_two_then_one_take_the_steps_of_one(alone, tmp_path):
     assert [r["step"] for r in rows(root)] == list(range(1, 7))
     assert_close(root, alone)
     for found, expected in zip(rows(root), rows(alone), strict=True):
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=ROUNDING)
     assert "trained on 1, 2 processes" in run("trainer", "--replay", root, code=2)
 
 
@@ -139,6 +143,6 @@ def test_two_copies_of_the_model_and_other_micro_batches_take_the_steps_of_one_r
     assert_close(tmp_path / "run", alone)
     for found, expected in zip(rows(tmp_path / "run"), rows(alone), strict=True):
         assert found.keys() == expected.keys()
-        assert found.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
-        assert found.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), abs=1e-5)
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=ROUNDING)
+        assert found.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=ROUNDING)
         assert found == expected

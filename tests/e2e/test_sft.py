@@ -155,6 +155,21 @@ def test_keep_last_keeps_the_newest_and_their_weights(tmp_path):
     assert list(durable.committed(tmp_path / "weights")) == [3, 5, 6]
 
 
+@pytest.mark.slow
+def test_with_another_batch_size_the_rows_go_on_and_a_replay_follows(tmp_path):
+    """Three steps of 8 rows, three of 16 that are cut shorter; nothing else is another one."""
+    root = tmp_path / "run"
+    ckpt = ("--ckpt.interval", "3", "--max-steps", "6")
+    command = (*EXAMPLE, "--trainer.threads", "1", "--output-dir", root, *ckpt)
+    run("sft", *command, "--data.batch-size", "8")
+    other = ("--data.batch-size", "16", "--data.max-length", "40")
+    said = run("sft", *command, "--ckpt.resume-step", "3", *other)
+    assert "data.batch_size: 8 -> 16" in said
+    assert [row["progress/total_samples"] for row in rows(root)] == [8, 16, 24, 40, 56, 72]
+    assert "6 rows and 2 checkpoints compared, 0 different" in run("trainer", "--replay", root)
+    assert "each 0 or 1 times; 72 consumed" in run("ckpt", "audit", root)
+
+
 @pytest.mark.campaign
 def test_a_horizon_that_follows_max_steps_is_said_aloud_when_it_moves(tmp_path):
     config = tmp_path / "sft.toml"

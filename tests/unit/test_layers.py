@@ -15,6 +15,7 @@ LAYERS = [
     {
         "attempts",
         "audit",
+        "audit_rows",
         "batchlog",
         "chat",
         "checkpoint",

@@ -7,6 +7,7 @@ import pytest
 from ratchet.chat import Chat
 from ratchet.config import DataConfig
 from ratchet.errors import Refusal
+from ratchet.records import Progress
 from ratchet.trainer import sft_data
 from ratchet.trainer.sft_data import SFTSource, check_data, load_rows, messages_of
 
@@ -70,11 +71,16 @@ def test_parquet_rows_are_read(tmp_path, chat):
     parquet.write_table(Table.from_pylist([{"prompt": "a", "completion": "b"}]), path)
     data = DataConfig(name=str(path), batch_size=1)
     check_data(data, chat)
-    assert SFTSource(data, chat, seed=0).read(0).trained_tokens == 2
+    assert SFTSource(data, chat, seed=0).read(Progress()).trained_tokens == 2
+
+
+def after(step):
+    """So many batches of four rows."""
+    return Progress(step=step, total_samples=4 * step)
 
 
 def rows_of(source, step, chat):
-    return [chat.decode(e.token_ids, skip_special_tokens=True) for e in source.read(step).examples]
+    return [chat.decode(e.token_ids, skip_special_tokens=True) for e in source.read(after(step)).examples]
 
 
 def test_every_epoch_holds_every_row_once_in_another_order(tmp_path, chat):
@@ -90,9 +96,9 @@ def test_every_epoch_holds_every_row_once_in_another_order(tmp_path, chat):
 def test_batch_k_is_the_same_whoever_asks_and_whenever(tmp_path, chat):
     data = write(tmp_path, *({"prompt": f"p{i}", "completion": "x"} for i in range(10)))
     first = SFTSource(data, chat, seed=3)
-    history = [first.read(k) for k in range(6)]
-    assert SFTSource(data, chat, seed=3).read(5) == history[5]
-    assert SFTSource(data, chat, seed=4).read(5) != history[5]
+    history = [first.read(after(k)) for k in range(6)]
+    assert SFTSource(data, chat, seed=3).read(after(5)) == history[5]
+    assert SFTSource(data, chat, seed=4).read(after(5)) != history[5]
 
 
 @pytest.mark.parametrize(("room", "least", "most"), [(0, 40, 40), (30, 11, 39), (10**6, 10, 10)])
@@ -101,12 +107,14 @@ def test_rows_are_rendered_again_only_where_there_is_no_room_for_them(
 ):
     data = write(tmp_path, *({"prompt": f"p{i}", "completion": "x"} for i in range(10)))
     monkeypatch.setattr(sft_data, "TOKENS_KEPT", 10**6)
-    plain = [SFTSource(data, chat, seed=3).read(k) for k in range(10)]  # a source each: nothing is kept
+    plain = [
+        SFTSource(data, chat, seed=3).read(after(k)) for k in range(10)
+    ]  # a source each: nothing is kept
     monkeypatch.setattr(sft_data, "TOKENS_KEPT", room)
     source, rendered = SFTSource(data, chat, seed=3), []
     render = chat.render_training
     monkeypatch.setattr(chat, "render_training", lambda messages: rendered.append(1) or render(messages))
-    assert [source.read(k) for k in range(10)] == plain
+    assert [source.read(after(k)) for k in range(10)] == plain
     assert least <= len(rendered) <= most
 
 
@@ -115,4 +123,4 @@ def test_a_batch_whose_answers_are_all_cut_away_is_refused(tmp_path, chat):
         update={"max_length": 5}
     )
     with pytest.raises(Refusal, match="max_length"):
-        SFTSource(data, chat, seed=0).read(0)
+        SFTSource(data, chat, seed=0).read(Progress())

@@ -71,13 +71,19 @@ class Trainer:
             model, base = build_trainable(self._config.model, seed=self._config.seed)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
-        self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._on_commit)
         self._mirror = Uploader.of(assignment) if world.is_first else None
         self._oldest_served = batchlog.oldest_served(assignment.paths, assignment.plan.step - 1)
         self._publisher = Publisher(assignment, world, self._timeline)
         self._begun: Begun | None = None
         self._read_at = 0.0
         self._source = open_source(self._config, assignment.paths, self._is_interrupted)
+        self._checkpointer = Checkpointer(
+            assignment,
+            world,
+            self._timeline,
+            on_commit=self._on_commit,
+            data_rows=self._source.data_rows,
+        )
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
         self._timeline.add("start", assignment.plan.step, time.perf_counter() - opened)
@@ -105,7 +111,7 @@ class Trainer:
             step = self._step
             if not self._world.share(self._world.is_first and self._may_go_on(step)):
                 self._stop()
-            batch = self._source.read(step)
+            batch = self._source.read(self._state.progress)
             waited = time.perf_counter()
             self._timeline.add("wait", step + 1, waited - started)
             outcome = self._updater.begin(batch, step, self._factor(step))

@@ -45,6 +45,12 @@ class Finding:
     different: str = ""
 
 
+def _decisive(config: SFTConfig | RLConfig) -> tuple[Any, ...]:
+    """Every setting that decides what an update makes of the state before it, and of the batches."""
+    data = config.data if isinstance(config, SFTConfig) else None
+    return config.seed, config.model, config.trainer, config.max_steps, data
+
+
 def provable_start(paths: RunPaths, last: int) -> int:
     """The oldest state from which every batch up to `last` is there. Raises: Refusal if there is none."""
     batches = set(durable.committed(paths.batches))
@@ -78,7 +84,15 @@ class Replay:
     def _config_of(self, step: int) -> SFTConfig | RLConfig:
         """The settings of the newest attempt that began at or before `step`: update `step` was made under them."""
         record = next(r for r in reversed(self._history) if r.plan.step <= step)
-        return attempts.read_config(self._paths, record)
+        config = attempts.read_config(self._paths, record)
+        newest = attempts.read_config(self._paths, self._history[-1])
+        for section in ("model", "data"):  # known by content: where it lies now, not where it lay then
+            if (there := getattr(newest, section, None)) is not None:
+                places = {key: getattr(there, key) for key in ("name", "tokenizer") if hasattr(there, key)}
+                config = config.model_copy(
+                    update={section: getattr(config, section).model_copy(update=places)}
+                )
+        return config
 
     def _checkpointer(self, config: SFTConfig | RLConfig) -> Checkpointer:
         newest = self._history[-1]
@@ -127,7 +141,7 @@ class Replay:
     def _follow(self, step: int) -> None:
         """Take over the settings of update `step` where they changed, with the state as it is."""
         config = self._config_of(step)
-        if config.trainer == self._config.trainer and config.max_steps == self._config.max_steps:
+        if _decisive(config) == _decisive(self._config):
             return
         before, tensors = self._state, self._state.tensors()
         steps = before.optimizer.steps()
@@ -145,7 +159,7 @@ class Replay:
         for step in range(self.start, self.last):
             self._follow(step)
             factor = schedule.factor(self._config.trainer.scheduler, self._config.max_steps, step)
-            batch = self._source.read(step)
+            batch = self._source.read(self._state.progress)
             figures = self._updater.update(batch, step, factor)
             rows.advance(self._state.progress, batch)
             row = rows.exact_row(self._config, self._state.progress, batch, figures, factor)

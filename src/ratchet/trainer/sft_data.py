@@ -1,6 +1,6 @@
 """Demonstrations: rows of `messages`, or of `prompt` and `completion`, from JSONL, Parquet or the hub.
 
-Order = f(seed, epoch, index): the whole state of the data is the step. Needs no torch.
+Order = f(seed, epoch, index): the whole state of the data is how many rows were trained. Needs no torch.
 """
 
 import json
@@ -14,6 +14,7 @@ from ratchet.config import DataConfig
 from ratchet.errors import Refusal
 from ratchet.inputs import files
 from ratchet.inputs.tree import Tree
+from ratchet.records import Progress
 from ratchet.rng import EpochOrder, derive
 from ratchet.trainer.packing import Example
 from ratchet.trainer.source import Batch
@@ -134,13 +135,14 @@ def _as_messages(value: Any, role: str) -> list[Any]:
 
 
 class SFTSource:
-    """SFT: batch k = rows k*B .. (k+1)*B-1 of the shuffled epochs."""
+    """SFT: a batch = the next rows of the shuffled epochs, whatever the size of those before it was."""
 
     def __init__(self, data: DataConfig, chat: Chat, seed: int) -> None:
         self._data = data
         self._chat = chat
         self._rows = load_rows(data)
-        self._order = EpochOrder(derive(seed, "data"), len(self._rows))
+        self.data_rows = len(self._rows)
+        self._order = EpochOrder(derive(seed, "data"), self.data_rows)
         self._rendered: dict[int, Example] = {}
         self._room = TOKENS_KEPT
 
@@ -148,19 +150,19 @@ class SFTSource:
         """Demonstrations are always there."""
         return True
 
-    def read(self, step: int) -> Batch:
+    def read(self, done: Progress) -> Batch:
         """Raises: Refusal if no token of the batch can be learnt."""
-        first = step * self._data.batch_size
+        first = done.total_samples
         batch = Batch([self._example(first + i) for i in range(self._data.batch_size)])
         if not batch.trained_tokens:
             raise Refusal(
-                f"Batch {step} has no token to learn from: data.max_length {self._data.max_length} cuts every "
+                f"Batch {done.step} has no token to learn from: data.max_length {self._data.max_length} cuts every "
                 "answer away, or the chat template marks none."
             )
         return batch
 
     def _example(self, draw: int) -> Example:
-        index = self._order.row(draw) if self._data.shuffle else draw % len(self._rows)
+        index = self._order.row(draw) if self._data.shuffle else draw % self.data_rows
         if (known := self._rendered.get(index)) is not None:
             return known
         example = self._render(index)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ratchet import batchlog
 from ratchet.paths import RunPaths
-from ratchet.records import Sample
+from ratchet.records import Progress, Sample
 from ratchet.trainer.packing import Example
 
 POLL_S = 0.005
@@ -34,19 +34,26 @@ class Batch:
 
 
 class Source(Protocol):
-    """Batch k as a function of k."""
+    """Batch k as a function of how far the trainer has come."""
+
+    @property
+    def data_rows(self) -> int | None:
+        """How many rows of demonstrations there are; None where batches come from the log."""
+        ...
 
     def wait(self, step: int) -> bool:
         """Wait until batch `step` is there; False if the run is asked to stop meanwhile. Rank 0 calls it."""
         ...
 
-    def read(self, step: int) -> Batch:
-        """Batch `step`, which is there. Every rank calls it."""
+    def read(self, done: Progress) -> Batch:
+        """Batch `done.step`, which is there. Every rank calls it."""
         ...
 
 
 class LogSource:
     """RL: batches from the log, which the orchestrator writes."""
+
+    data_rows = None
 
     def __init__(self, paths: RunPaths, is_stopping: Callable[[], bool]) -> None:
         self._paths = paths
@@ -60,15 +67,15 @@ class LogSource:
             time.sleep(POLL_S)
         return True
 
-    def read(self, step: int) -> Batch:
+    def read(self, done: Progress) -> Batch:
         """Raises: Damaged"""
-        samples, manifest = batchlog.read(self._paths, step)
+        samples, manifest = batchlog.read(self._paths, done.step)
         return Batch(
             examples=[_example(sample) for sample in samples],
             temperature=manifest.meta.get("temperature", 1.0),
             problems=len({sample.draw for sample in samples}),
             oldest_served=manifest.meta["oldest_served"],
-            metrics={"policy/off_policy_steps": _mean_age(samples, step)},
+            metrics={"policy/off_policy_steps": _mean_age(samples, done.step)},
         )
 
 

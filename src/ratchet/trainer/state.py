@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ratchet import attempts, checkpoint, durable, metrics
 from ratchet.attempts import Assignment
+from ratchet.audit_rows import DATA_ROWS, ROWS_FROM
 from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.inputs import seen
@@ -72,13 +73,20 @@ class Checkpointer:
     """Saves and restores one trainer."""
 
     def __init__(
-        self, assignment: Assignment, world: World, timeline: Timeline, on_commit: Callable[[int], None]
+        self,
+        assignment: Assignment,
+        world: World,
+        timeline: Timeline,
+        on_commit: Callable[[int], None],
+        data_rows: int | None = None,
     ) -> None:
+        """`data_rows`: how many rows the demonstrations have, for the audit."""
         self._timeline = timeline
         self._assignment = assignment
         self._config = assignment.config
         self._world = world
         self._on_commit = on_commit
+        self._rows_meta = {} if data_rows is None else {DATA_ROWS: data_rows, ROWS_FROM: 0}
         self._thread: threading.Thread | None = None
         self.saving: int | None = None
         """The step of a save in flight."""
@@ -94,7 +102,10 @@ class Checkpointer:
         directory = self._assignment.paths.checkpoint(step)
         if state.base is not None:
             adapters.check_base(directory, state.base)
-        _check_schema(directory, durable.read_manifest(directory).meta["schema"], state.schema())
+        meta = durable.read_manifest(directory).meta
+        _check_schema(directory, meta["schema"], state.schema())
+        if self._rows_meta:  # a checkpoint of an older version does not say so
+            self._rows_meta[ROWS_FROM] = meta.get(ROWS_FROM, step)
         folder = directory / checkpoint.TRAINER
         record = msgspec.json.decode((folder / SCHEDULER).read_bytes(), type=ScheduleRecord)
         schedule.check_record(record, self._config.trainer, self._config.max_steps, step)
@@ -195,7 +206,7 @@ class Checkpointer:
         durable.fsync_path(rows)
         run = self._assignment
         inputs = msgspec.to_builtins(seen.with_notes(run.paths, run.attempt, run.inputs))
-        meta = {"metrics": metrics.mark(rows), "schema": state.schema(), "inputs": inputs}
+        meta = {"metrics": metrics.mark(rows), "schema": state.schema(), "inputs": inputs, **self._rows_meta}
         return directory, meta if state.base is None else meta | {"base": state.base}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:

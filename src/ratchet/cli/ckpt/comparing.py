@@ -34,6 +34,8 @@ def _report_lines(report: Report) -> list[str]:
         there = report.batch_range
         what = f"batches {there[0]} to {there[1]} are still there" if there else "no batch is still there"
         lines.append(f"log: {what} and were compared; what is older rests on the ledger's chain alone")
+    if report.rows is not None:
+        return [*lines, str(report.rows), _verdict(report)]
     for label, env in report.envs.items():
         lines.append(
             f"{label}: {env.drawn} drawn = {env.trained} trained + {env.dropped} dropped + {env.in_flight} in flight; "
@@ -44,7 +46,11 @@ def _report_lines(report: Report) -> list[str]:
         f"{f' ({dropped})' if dropped else ''} + {report.in_flight} in flight; "
         f"{report.skipped} skipped, {report.duplicated} duplicated"
     )
-    return [*lines, f"{len(report.findings)} problems" if report.findings else "clean"]
+    return [*lines, _verdict(report)]
+
+
+def _verdict(report: Report) -> str:
+    return f"{len(report.findings)} problems" if report.findings else "clean"
 
 
 def diff(arguments: argparse.Namespace) -> int:
