@@ -55,6 +55,24 @@ class _Generation(jinja2.ext.Extension):
         return f"{_OPEN}{text}{_CLOSE}" if self.environment.globals.get("marks_generation") else text
 
 
+class UnusableMessages(Refusal):
+    """Messages that no template could render, or that this one refuses: of a row or of an environment."""
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raises: UnusableMessages unless each is an object with a role and a content: text, or nothing beside tool calls"""
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UnusableMessages(
+                f"a message must be an object with `role` and `content`; {message!r:.200} was given."
+            )
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            raise UnusableMessages(
+                f"the `content` of a message must be text; that of role {message['role']!r} is {content!r:.200}."
+            )
+
+
 class Chat:
     """A tokenizer with its chat template."""
 
@@ -106,6 +124,7 @@ class Chat:
 
     def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool, marked: bool = False) -> str:
         template = self._marked if marked else self._plain
+        check_messages(messages)
         try:
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
@@ -116,7 +135,9 @@ class Chat:
                     f"The chat template of {self._name} asks for today's date, with which a run that continues "
                     f"tomorrow would be another run: write a date in place of {_CLOCK}(...)."
                 ) from None
-            raise Refusal(f"The chat template of {self._name} refuses these messages: {error}.") from None
+            raise UnusableMessages(
+                f"The chat template of {self._name} refuses these messages: {error}."
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without adding any special token."""

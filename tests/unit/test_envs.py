@@ -1,6 +1,7 @@
 """Environments: what they ask, how they score, and the sentences for what is wrong with them."""
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -8,7 +9,7 @@ import pytest
 
 from ratchet.config import EnvConfig
 from ratchet.envs import registry
-from ratchet.envs.base import Transcript
+from ratchet.envs.base import Transcript, settle
 from ratchet.errors import Refusal
 
 
@@ -139,3 +140,52 @@ def test_the_built_in_environments_declare_the_files_that_they_read(here):
     assert list(build("reverse_text", data="train.jsonl").inputs) == ["train.jsonl"]
     both = build("reverse_text", data="train.jsonl", eval_data="eval.jsonl")
     assert list(both.inputs) == ["train.jsonl", "eval.jsonl"]
+
+
+BROKEN = {
+    "syntax": ("def reward(completion, row):\n    return (\n", r"SyntaxError.*mine\.py, line 2"),
+    "variable": (
+        "import os\nKEY = os.environ['NO_SUCH_KEY']\n",
+        r"KeyError: 'NO_SUCH_KEY'.*mine\.py, line 2",
+    ),
+    "import": ("import no_such_module\n", r"No module named 'no_such_module'.*mine\.py, line 1"),
+    "signature": (
+        "def reward(completions, prompts, answer):\n    return [1.0]\n",
+        r"takes \(completions, prompts, answer\), but is called with \(completion, row\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_error_that_cannot_heal_is_said_at_the_start_with_the_users_lines_alone(here, kind):
+    text, sentence = BROKEN[kind]
+    write(here / "train.jsonl", [{"prompt": "abcd"}])
+    (here / f"mine_{kind}.py").write_text(text)
+    with pytest.raises(Refusal, match=re.compile(sentence.replace("mine", f"mine_{kind}"), re.S)) as caught:
+        build("rows", data="train.jsonl", reward=f"mine_{kind}:reward")
+    assert "ratchet" not in str(caught.value)
+
+
+async def test_a_reward_may_be_a_coroutine(here):
+    write(here / "train.jsonl", [{"prompt": "abcd"}])
+    (here / "mine_async.py").write_text(
+        "import asyncio\nasync def reward(completion, row):\n    await asyncio.sleep(0)\n"
+        "    return {'reward': len(completion), 'seen': 1}\n"
+    )
+    env = build("rows", data="train.jsonl", reward="mine_async:reward")
+    found = await settle(score(env, "abc"))
+    assert (found.reward, found.metrics) == (3.0, {"seen": 1.0})
+
+
+def test_an_environment_whose_constructor_fails_is_refused(here):
+    (here / "mine_class.py").write_text(
+        "from ratchet.envs.base import Environment\n"
+        "class Mine(Environment):\n"
+        "    def __init__(self):\n        raise OSError('the judge is not there')\n"
+        "    size = 1\n    def task(self, index, split): ...\n"
+        "    def messages(self, task): ...\n    def step(self, task, transcript): ...\n"
+    )
+    with pytest.raises(
+        Refusal, match=r"(?s)Environment Mine fails: OSError: the judge is not there.*line 4, in __init__"
+    ):
+        build("mine_class:Mine")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ratchet.config import EnvConfig
 from ratchet.envs.base import Environment
-from ratchet.envs.importing import import_object
+from ratchet.envs.importing import failed, import_object
 from ratchet.envs.reverse_text import ReverseText
 from ratchet.envs.single_turn import Rows
 from ratchet.errors import Refusal
@@ -38,8 +38,14 @@ def build(config: EnvConfig) -> Environment:
             f"Environment {config.label}: {error}. "
             f"Its args are {inspect.signature(factory)}; correct [orchestrator.env.args]."
         ) from None
-    environment = factory(**config.args)
-    if environment.size < 1:
+    try:
+        environment = factory(**config.args)
+        size = environment.size
+    except Refusal:
+        raise
+    except Exception as error:
+        raise failed(f"Environment {config.label}", error) from None
+    if size < 1:
         raise Refusal(f"Environment {config.label} has no training tasks: it needs at least one.")
     return environment
 

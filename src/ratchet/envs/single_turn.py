@@ -1,16 +1,18 @@
 """Environments of one question and one answer: rows of a file and a function that scores an answer."""
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from ratchet.envs import data
-from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript
+from ratchet.envs.base import Environment, Message, Score, Split, Task, Transcript
 from ratchet.envs.data import Row
 from ratchet.envs.importing import import_object
 from ratchet.errors import Refusal
 
-RewardFunction = Callable[[str, Row], float | dict[str, float]]
+Reward = float | dict[str, float]
+RewardFunction = Callable[[str, Row], Reward | Awaitable[Reward]]
 
 
 class SingleTurn(Environment):
@@ -37,7 +39,7 @@ class SingleTurn(Environment):
     def messages(self, task: Task) -> Sequence[Message]:
         return self.ask(task.data)
 
-    def step(self, task: Task, transcript: Transcript) -> StepResult:
+    def step(self, task: Task, transcript: Transcript) -> Score | Awaitable[Score]:
         return self.score(transcript.completion, task.data)
 
     @abstractmethod
@@ -45,7 +47,7 @@ class SingleTurn(Environment):
         """The messages that put one row to the model."""
 
     @abstractmethod
-    def score(self, completion: str, row: Row) -> Score:
+    def score(self, completion: str, row: Row) -> Score | Awaitable[Score]:
         """What an answer to one row is worth."""
 
 
@@ -62,6 +64,7 @@ class Rows(SingleTurn):
         function = import_object(reward, "reward", "a function with the arguments (completion, row)")
         if not callable(function):
             raise Refusal(f"reward = {reward!r} is not a function: it must take (completion, row).")
+        _check_signature(reward, function)
         self._reward = cast(RewardFunction, function)
         self._system = system
 
@@ -72,12 +75,35 @@ class Rows(SingleTurn):
         messages = row["messages"]
         return [*head, *(messages[:-1] if messages[-1]["role"] == "assistant" else messages)]
 
-    def score(self, completion: str, row: Row) -> Score:
-        result: Any = self._reward(completion, row)
-        if not isinstance(result, dict):
-            return Score(float(result))
-        metrics = {name: float(value) for name, value in result.items() if name != "reward"}
-        return Score(float(result["reward"]), metrics)
+    def score(self, completion: str, row: Row) -> Score | Awaitable[Score]:
+        result = self._reward(completion, row)
+        return _scored_later(result) if inspect.isawaitable(result) else _scored(result)
+
+
+async def _scored_later(result: Awaitable[Reward]) -> Score:
+    return _scored(await result)
+
+
+def _scored(result: Any) -> Score:
+    if not isinstance(result, dict):
+        return Score(float(result))
+    metrics = {name: float(value) for name, value in result.items() if name != "reward"}
+    return Score(float(result["reward"]), metrics)
+
+
+def _check_signature(name: str, function: Callable[..., Any]) -> None:
+    """Raises: Refusal if the function cannot be called as it will be"""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # of C code, say: it does not tell
+    try:
+        signature.bind("", {})
+    except TypeError as error:
+        raise Refusal(
+            f"reward = {name!r} takes {signature}, but is called with (completion, row), the text of one answer and "
+            f"its task's row ({error}): give it these two arguments."
+        ) from None
 
 
 def _wrong_row(row: Row) -> str | None:

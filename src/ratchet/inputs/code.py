@@ -48,7 +48,8 @@ def _not_own() -> tuple[Path, ...]:
     return tuple({Path(path).resolve() for path in found if path})
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
+    """Whether a file is the user's."""
     return not any(path.resolve().is_relative_to(place) for place in _not_own())
 
 
@@ -111,7 +112,7 @@ class Closure:
             self._seen.add(spec.name)
             if file is None or not file.is_file():
                 continue
-            if not _is_own(file):
+            if not is_own(file):
                 self._packages.add(spec.name.partition(".")[0])
                 return
             data = file.read_bytes()
@@ -236,7 +237,7 @@ class Watch(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         spec = _ask(fullname, path)
-        if spec is None or (file := _file_of(spec)) is None or not _is_own(file):
+        if spec is None or (file := _file_of(spec)) is None or not is_own(file):
             return spec
         leaf = leaf_of(spec, file)
         if type(spec.loader) is SourceFileLoader:

@@ -14,6 +14,7 @@ from ratchet.chat import Chat
 from ratchet.config import EnvConfig, RLConfig
 from ratchet.envs import registry
 from ratchet.envs.base import Environment, Message, Split, settle
+from ratchet.envs.importing import frames
 from ratchet.errors import Refusal
 from ratchet.inputs.seen import Seen
 from ratchet.log import LOGGER
@@ -90,7 +91,8 @@ async def _longest_prompt(env: Environment, label: str) -> tuple[str, list[Messa
             except Exception as error:
                 raise Refusal(
                     f"Environment {label} fails on {split} task {index} ({error!r}): correct it or its data."
-                ) from error
+                    f"{frames(error)}"
+                ) from None
             if text > longest:
                 longest, name, found = text, task.id, messages
     return name, found

@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from ratchet.chat import Chat
+from ratchet.chat import Chat, UnusableMessages
 from ratchet.envs.base import Environment, Message, Score, Split, StepResult, Task, Transcript, settle
+from ratchet.envs.importing import frames, told
 from ratchet.errors import RatchetError
 from ratchet.inputs.seen import Guard
 from ratchet.inputs.tree import InputChanged
@@ -112,7 +113,10 @@ class Player:
         if isinstance(found, RolloutFailure):
             return found
         task, messages = found
-        return Opening(env, task, messages, self._chat.render(messages))
+        try:
+            return Opening(env, task, messages, self._chat.render(messages))
+        except UnusableMessages as error:
+            return self._refused(f"{split} task {index}", error)
 
     async def play(self, opening: Opening, place: Place, sampling: Sampling) -> Sample | RolloutFailure:
         """One rollout to its score. Played again, with the same seeds, if the server held other weights."""
@@ -157,7 +161,10 @@ class Player:
             if isinstance(result, Score):
                 return _sample(opening.task, place, tokens, result, answer.finish_reason)
             is_closed = answer.finish_reason == "stop"
-            tokens.add_context(self._chat.render_more(messages, result, is_closed=is_closed))
+            try:
+                tokens.add_context(self._chat.render_more(messages, result, is_closed=is_closed))
+            except UnusableMessages as error:
+                return self._refused(f"task {opening.task.id}", error)
             messages, turn = (*messages, *result), turn + 1
 
     def _is_too_long(self, tokens: Tokens, sampling: Sampling) -> bool:
@@ -190,7 +197,7 @@ class Player:
                 return Score(float(result.reward), metrics)
             if isinstance(result, RolloutFailure):
                 return result
-            if not result or isinstance(result, str):
+            if not isinstance(result, Sequence) or isinstance(result, str) or not result:
                 raise TypeError(f"step returned {result!r}: no score, no failure, no messages")
             return list(result)
 
@@ -211,13 +218,17 @@ class Player:
         except InputChanged:
             raise
         except Exception as error:
-            self._errors_seen += 1
-            if self._errors_seen <= _ERRORS_SHOWN:
-                LOGGER.warning("the environment failed on %s", what, exc_info=error)
-            return RolloutFailure(ENV_ERROR, repr(error))
+            return self._refused(what, error)
         finally:
             self.env_s += time.perf_counter() - started
             self._guard.check()
+
+    def _refused(self, what: str, error: Exception) -> RolloutFailure:
+        """Count a failure of an environment's, and say the first ones."""
+        self._errors_seen += 1
+        if self._errors_seen <= _ERRORS_SHOWN:
+            LOGGER.warning("the environment failed on %s: %s%s", what, told(error), frames(error))
+        return RolloutFailure(ENV_ERROR, repr(error))
 
 
 def _fix_chance(seed: int) -> None:
