@@ -60,7 +60,7 @@ class UnusableMessages(Refusal):
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raises: UnusableMessages unless each is an object with a role and a content: text, or nothing beside tool calls"""
+    """Raises: UnusableMessages unless each has a role and a content: text, or nothing beside tool calls"""
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UnusableMessages(

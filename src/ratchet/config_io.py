@@ -103,15 +103,23 @@ _NOT_THE_COMMAND = (
 
 def is_same(old: BaseModel, new: BaseModel) -> bool:
     """Whether two configurations are of one command: where things lie does not count, nor on which machines it runs."""
+    return not differences(old, new)
+
+
+def differences(old: BaseModel, new: BaseModel) -> tuple[str, ...]:
+    """The settings in which two configurations are not of one command, with both values; a section that only one of
+    them has is named as a whole."""
     one, other = dump(old), dump(new)
-    for values in (one, other):
-        for key in _NOT_THE_COMMAND:
-            *sections, name = key.split(".")
-            inner = values
-            for section in sections:
-                inner = inner.get(section, {})
-            inner.pop(name, None)
-    return one == other
+    words = {True: "given", False: "not given"}
+    found = []
+    for name in sorted(n for n in {*one, *other} if (n in one) != (n in other) and n not in _NOT_THE_COMMAND):
+        found.append(f"{name}: {words[name in one]} -> {words[name in other]}")
+        one.pop(name, None)
+        other.pop(name, None)
+    before, after = dict(leaves(one)), dict(leaves(other))
+    keys = sorted(key for key in {*before, *after} if key not in _NOT_THE_COMMAND)
+    found += [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+    return tuple(found)
 
 
 def to_toml(config: BaseModel) -> bytes:

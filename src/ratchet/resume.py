@@ -19,6 +19,9 @@ from ratchet.errors import Damaged, Refusal
 from ratchet.paths import RunPaths, step_name
 from ratchet.stage import Stage
 
+_SHOWN = 6
+"""Settings that are named where a command is another one."""
+
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """The published steps of a run directory; `damaged` maps those that failed a check to the sentence."""
@@ -45,6 +48,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """An attempt was begun in this directory."""
     is_same: bool = False
     """This command is the one of the last attempt, whose own request was carried out."""
+    differences: tuple[str, ...] = ()
+    """The settings in which it is not, with both values."""
     was_finished: bool = False
     """The last attempt ended with exit 0."""
     on_corrupt: str = "stop"
@@ -84,15 +89,23 @@ def plan(listing: Listing, request: Request) -> Plan:
     if request.is_same and request.was_finished:
         return Plan(complete=True, step=request.max_steps, messages=("This run is complete.",))
     if request.resume_step is None and not request.is_same:
-        raise Refusal(
-            "This directory holds a run that was started by another command: continue it with "
-            "--ckpt.resume-step -1, or give the new run another --output-dir."
-        )
+        raise _another_command(listing, request)
     asked = None if request.is_same else request.resume_step
     if asked is None or asked == -1:
         step = _newest(listing, request)
         return _plan_newest(listing, request, step)
     return _plan_step(listing, request, asked)
+
+
+def _another_command(listing: Listing, request: Request) -> Refusal:
+    """What differs, and the ways out; going on is none where there is nothing to go on from."""
+    shown = "; ".join(request.differences[:_SHOWN]) + ("; ..." if len(request.differences) > _SHOWN else "")
+    can_go_on = listing.checkpoints or (request.kind == "rl" and 0 in listing.batches)
+    go_on = "go on with these from where it stands by --ckpt.resume-step -1, " if can_go_on else ""
+    return Refusal(
+        f"This directory holds a run that was started with other settings ({shown}): put them back, {go_on}or give the "
+        "new run another --output-dir."
+    )
 
 
 def _plan_fresh(request: Request) -> Plan:
@@ -131,8 +144,15 @@ def _plan_newest(listing: Listing, request: Request, step: int) -> Plan:
 
 def _plan_from_start(listing: Listing, request: Request) -> Plan:
     """No checkpoint: the initial weights are one, as long as every batch since step 0 is there."""
+    last = max(listing.weights, default=0)
+    if request.kind == "sft" and (request.is_same or request.resume_step == 0 or not last):
+        return _sft_again(listing, request, last)
     if request.kind == "sft":
-        return _continue(listing, request, 0, "Nothing was saved yet: starting at step 0")
+        raise Refusal(
+            "No checkpoint was made, so nothing can be continued: begin a new run from the last policy (model.name = "
+            f"its weights/{step_name(last)}, another --output-dir), or start over with --ckpt.resume-step 0, which "
+            "moves what is there to superseded/."
+        )
     if 0 in listing.batches or not (listing.batches or any(step > 0 for step in listing.weights)):
         return _continue(listing, request, 0, "No checkpoint yet: continuing from the initial weights")
     gone = "There is no sound checkpoint and the first batches are gone, so nothing can be continued"
@@ -143,6 +163,16 @@ def _plan_from_start(listing: Listing, request: Request) -> Plan:
         )
     message = f"{gone}: starting again at step 0; what was there is moved to superseded/."
     return Plan(rollback=True, supersede=_past(listing, 0), messages=(message,))
+
+
+def _sft_again(listing: Listing, request: Request, last: int) -> Plan:
+    """From step 0, where nothing was saved: the same command makes the same again, another one moves it aside."""
+    message = "Nothing was saved yet: starting at step 0"
+    if request.is_same:
+        return _continue(listing, request, 0, message)
+    what = f"weights/{step_name(last)} and the rows" if last else "the rows"
+    said = f"{message}; {what} of the training before are moved to superseded/."
+    return Plan(rollback=True, supersede=_past(listing, 0), messages=(said,))
 
 
 def _plan_step(listing: Listing, request: Request, step: int) -> Plan:
@@ -328,7 +358,7 @@ def apply(stage: Stage, chosen: Plan, attempt: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage.move(paths.root / name, target)
         durable.crash_point("rollback.moved")
-    kept = aside if chosen.rollback else None
+    kept = aside if chosen.rollback or chosen.cuts_log else None  # otherwise the same rows are made again
     _rewind(stage, paths.metric("trainer"), chosen.step, kept)
     restore_rows(stage, chosen.next_batch, aside=kept)
 
@@ -357,7 +387,7 @@ def restore_rows(stage: Stage, next_batch: int, *, aside: Path | None = None) ->
 
 
 def _rewind(stage: Stage, path: Path, limit: int, aside: Path | None) -> None:
-    """Cut the rows past `limit`; a rollback keeps what it cuts."""
+    """Cut the rows past `limit`; what is cut is kept in `aside`, if that is given."""
     if aside is not None:
         cut = [row for row in metrics.read(path) if row["step"] > limit]
         if cut:

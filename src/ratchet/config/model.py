@@ -64,6 +64,8 @@ class CkptConfig(BaseConfig):
 
     interval: Free[Positive | None] = None
     """Save after every N steps; without it only the final step is saved."""
+    save: Free[bool] = True
+    """False saves nothing, also where another `--ckpt` flag is given."""
     save_async: Free[bool] = False
     """Write in the background: the training loop waits for the copy of its state only."""
     keep_last: Free[Positive | None] = None
@@ -83,4 +85,4 @@ class CkptConfig(BaseConfig):
 
     def is_due(self, step: int, max_steps: int) -> bool:
         """Whether the state after `step` updates is saved."""
-        return step == max_steps or (self.interval is not None and step % self.interval == 0)
+        return self.save and (step == max_steps or (self.interval is not None and step % self.interval == 0))

@@ -29,6 +29,9 @@ from ratchet.paths import RunPaths, step_name
 from ratchet.stage import Stage
 from ratchet.trainer import schedule
 
+_SAVING = {f"ckpt.{name}" for name in ("interval", "save", "keep_last", "keep_interval", "mirror")}
+"""Free to change, and said: one that is left out by mistake would be missed when it is too late."""
+
 Check = Callable[[Seen], None]
 """Refuses input that no program could use, and adds what it finds to what was seen. Raises: Refusal"""
 
@@ -69,13 +72,30 @@ def open_attempt(kind: str, config: RunConfig, check: Check) -> Attempt | Plan:
     Raises: Refusal, before anything of the run was touched.
     """
     paths = RunPaths(config.output_dir)
-    with _refusing(paths):
+    with _leaving_nothing(paths), _refusing(paths):
         paths.root.mkdir(parents=True, exist_ok=True)
         paths.staging.mkdir(exist_ok=True)
         lock = Lock(paths)
         lock.acquire()
         _look_at_the_mirror(kind, config, paths, lock)
         return _open(kind, config, check, paths, lock)
+
+
+@contextmanager
+def _leaving_nothing(paths: RunPaths) -> Iterator[None]:
+    """A start that is refused where nothing was leaves nothing."""
+    made = [path for path in (paths.root, *paths.root.parents) if not path.exists()]
+    was_empty = bool(made) or not _names(paths.root)
+    try:
+        yield
+    except Refusal:
+        if was_empty and set(_names(paths.root)) <= {paths.lock.name, paths.staging.name}:
+            with contextlib.suppress(OSError):  # another start may have come meanwhile
+                paths.staging.rmdir()
+                paths.lock.unlink()
+                for directory in made:
+                    directory.rmdir()
+        raise
 
 
 @contextmanager
@@ -176,12 +196,12 @@ def decide(
     kind: str, paths: RunPaths, config: RunConfig, last: Record | None
 ) -> tuple[Plan, tuple[str, ...]]:
     announced: tuple[str, ...] = ()
-    is_same = False
+    differences: tuple[str, ...] = ()
     has_run = last is not None and has_produced(paths)
     if last is not None and has_run:
         _check_kind(kind, config, last)
         old = attempts.read_config(paths, last)
-        is_same = config_io.is_same(old, config)
+        differences = config_io.differences(old, config)
         announced = _check_changes(old, config)
     ckpt = config.ckpt
     request = resume.Request(
@@ -189,7 +209,8 @@ def decide(
         max_steps=config.max_steps,
         resume_step=ckpt.resume_step if ckpt else None,
         has_run=has_run,
-        is_same=is_same,
+        is_same=has_run and not differences,
+        differences=differences,
         was_finished=has_run
         and last is not None
         and last.outcome is not None
@@ -247,7 +268,9 @@ def _check_changes(old: RunConfig, new: RunConfig) -> tuple[str, ...]:
             f"A resumed run may not change {'; '.join(fixed)}: restore the old value, "
             "or start a new run with another --output-dir."
         )
-    announced = tuple(str(change) for change in found if change.mark is OnResume.ANNOUNCED)
+    announced = tuple(
+        str(change) for change in found if change.mark is OnResume.ANNOUNCED or change.key in _SAVING
+    )
     return announced + _horizon_moves(old, new)
 
 

@@ -238,7 +238,7 @@ class Trainer:
         """Asked to stop before an update: save policy k where checkpoints are on. Raises: Stopped"""
         self._record()
         self._publisher.wait()
-        if self._config.ckpt is not None and self._step > 0:
+        if self._config.ckpt is not None and self._config.ckpt.save and self._step > 0:
             if isinstance(self._config, SFTConfig):
                 self._publisher.publish(self._state.model, self._step)
             self._save()
