@@ -20,11 +20,11 @@ def environment(**extra):
     return {**os.environ, "NO_COLOR": "1", **{k: str(v) for k, v in extra.items()}}
 
 
-def start(command, *arguments, **extra):
-    """Start one of our commands in the repository's root; its output is piped."""
+def start(command, *arguments, cwd=ROOT, **extra):
+    """Start one of our commands, in the repository's root unless told otherwise; its output is piped."""
     return subprocess.Popen(
         [BIN / command, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ from ratchet import journal
 from ratchet.attempts import Assignment
 from ratchet.config import EnvConfig, RLConfig
 from ratchet.journal import Entry, Journal, RolloutId
-from ratchet.orchestrator.play import Place
+from ratchet.orchestrator.play import Place, usable
 from ratchet.orchestrator.target import Target
 from ratchet.records import RolloutFailure, Sample
 
@@ -52,7 +52,9 @@ class Finished:
             self.input_changed += 1
             return None
         self.replayed += 1
-        return entry.outcome
+        outcome = entry.outcome
+        # An older version kept scores that no batch can be made of.
+        return usable(outcome) if isinstance(outcome, Sample) else outcome
 
     def keep(self, place: Place, outcome: Sample | RolloutFailure) -> None:
         """Remember the outcome of a rollout."""

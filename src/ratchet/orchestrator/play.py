@@ -4,7 +4,6 @@ Nothing is ever tokenised again: the prompt of a further turn is the tokens so f
 new messages. A failure is a value with a reason, never a reward of 0.
 """
 
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,6 +31,10 @@ BAD_SCORE = "bad_score"
 TOO_LONG = "too_long"
 EMPTY = "empty"
 _ERRORS_SHOWN = 10
+LARGEST_REWARD = 1e12
+"""An advantage is as large, and so is the gradient: the squares in its norm, in float32, end at 3e38."""
+LARGEST_METRIC = 1e150
+"""Metrics are only averaged, in float64: sums of so many end at 1e308, and their squares do, too."""
 
 
 class Place(NamedTuple):
@@ -202,9 +205,7 @@ class Player:
             return list(result)
 
         result = await self._call(step, f"task {opening.task.id}", *at)
-        if isinstance(result, Score) and not _is_finite(result):
-            return RolloutFailure(BAD_SCORE, f"{result}")
-        return result
+        return usable(result) if isinstance(result, Score) else result
 
     async def _call(self, call: Callable[[], Awaitable[T]], what: str, *at: int | str) -> T | RolloutFailure:
         """Run an environment's own code: whatever it raises is the rollout's failure, not the program's.
@@ -237,8 +238,19 @@ def _fix_chance(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _is_finite(score: Score) -> bool:
-    return all(math.isfinite(value) for value in (score.reward, *score.metrics.values()))
+S = TypeVar("S", Score, Sample)
+
+
+def usable(scored: S) -> S | RolloutFailure:
+    """What was scored, or a failure if no batch could be made of its numbers."""
+    are_small = all(abs(value) <= LARGEST_METRIC for value in scored.metrics.values())
+    if abs(scored.reward) <= LARGEST_REWARD and are_small:
+        return scored
+    return RolloutFailure(
+        BAD_SCORE,
+        f"reward {scored.reward}, metrics {scored.metrics}: a reward is a number within {LARGEST_REWARD:g} of 0, "
+        f"a metric one within {LARGEST_METRIC:g}",
+    )
 
 
 def _sample(task: Task, place: Place, tokens: Tokens, score: Score, finish_reason: str) -> Sample:
