@@ -13,6 +13,7 @@ from ratchet.config import RLConfig, SFTConfig
 from ratchet.errors import Fenced, Stopped
 from ratchet.log import LOGGER
 from ratchet.mirror.upload import Uploader
+from ratchet.models.check_policy import check_policy
 from ratchet.models.trainable import build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
@@ -56,6 +57,8 @@ class Trainer:
         opened = time.perf_counter()
         self._is_stopping = is_stopping
         model, base = build_trainable(self._config.model, seed=self._config.seed)
+        if not assignment.plan.from_checkpoint and world.is_first:
+            check_policy(model)
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._checkpointer = Checkpointer(assignment, world, self._timeline, on_commit=self._on_commit)

@@ -9,7 +9,7 @@ means "no checkpoint" and surfaces at the next step.
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ratchet.config import RLConfig
 from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.log import LOGGER
 from ratchet.models import adapters
+from ratchet.models.tensors import saved_buffers
 from ratchet.records import FileEntry, Progress
 from ratchet.timeline import Timeline
 from ratchet.trainer import schedule, shards
@@ -56,14 +57,16 @@ class TrainerState:
             for name, parameter in self.model.named_parameters()
             if self.base is None or parameter.requires_grad
         }
+        if self.base is None:
+            model |= saved_buffers(self.model)
         return {"model": model, "optimizer": self.optimizer.tensors()}
 
-    def schema(self) -> dict[str, list[Any]]:
-        """Name, dtype and global shape of every tensor."""
+    def tensors_of(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a saved checkpoint. One of an older version holds no buffers: they stay what the base's are."""
+        buffers = {f"model.{name}" for name in saved_buffers(self.model)} - schema.keys()
         return {
-            f"{part}.{name}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            part: {name: tensor for name, tensor in tensors.items() if f"{part}.{name}" not in buffers}
             for part, tensors in self.tensors().items()
-            for name, tensor in tensors.items()
         }
 
 
@@ -93,11 +96,13 @@ class Checkpointer:
         directory = self._assignment.paths.checkpoint(step)
         if state.base is not None:
             adapters.check_base(directory, state.base)
-        _check_schema(directory, durable.read_manifest(directory).meta["schema"], state.schema())
+        saved = durable.read_manifest(directory).meta["schema"]
+        tensors = state.tensors_of(saved)
+        _check_schema(directory, saved, _schema(tensors))
         folder = directory / checkpoint.TRAINER
         record = msgspec.json.decode((folder / SCHEDULER).read_bytes(), type=ScheduleRecord)
         schedule.check_record(record, self._config.trainer, self._config.max_steps, step)
-        load(state.tensors(), storage_reader=FileSystemReader(folder))
+        load(tensors, storage_reader=FileSystemReader(folder))
         state.optimizer.set_steps(msgspec.json.decode((folder / OPTIMIZER_STEPS).read_bytes()))
         state.progress = msgspec.json.decode((folder / PROGRESS).read_bytes(), type=Progress)
 
@@ -192,7 +197,7 @@ class Checkpointer:
         (folder / OPTIMIZER_STEPS).write_bytes(msgspec.json.encode(state.optimizer.steps()))
         rows = self._assignment.paths.metric("trainer")
         durable.fsync_path(rows)
-        meta = {"metrics": metrics.mark(rows), "schema": state.schema()}
+        meta = {"metrics": metrics.mark(rows), "schema": _schema(state.tensors())}
         return directory, meta if state.base is None else meta | {"base": state.base}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -236,6 +241,15 @@ class Checkpointer:
         parts: list[Any] | None = [None] * self._world.size if self._world.is_first else None
         dist.gather_object(entries, parts, dst=0, group=self._world.save_group)
         return [entry for part in parts or [] for entry in part]
+
+
+def _schema(state: dict[str, Any]) -> dict[str, list[Any]]:
+    """Name, dtype and global shape of every tensor."""
+    return {
+        f"{part}.{name}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for part, tensors in state.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_schema(directory: Path, saved: dict[str, list[Any]], live: dict[str, list[Any]]) -> None:
