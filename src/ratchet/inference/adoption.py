@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ratchet import durable, weights
 from ratchet.errors import Damaged, Refusal
-from ratchet.models import tensor_file
+from ratchet.models import naming, tensor_file
 from ratchet.records import Manifest
 
 _TENSORS = ".safetensors"
@@ -137,7 +137,7 @@ def match(
 
 def copier(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
     """Copy checked tensors into the model, in place. Raises: Refusal (see `match`), before anything changes."""
-    pairs = match(model, tensors)
+    pairs = match(model, naming.inward(model, tensors))
 
     def copy() -> None:
         for target, source in pairs:

@@ -56,7 +56,7 @@ async def update_weights(service: Service, request: Request) -> Response:
         service.updates.check_update(is_paused=service.worker.is_paused)
         worker = service.worker
         directory, tensors = await asyncio.to_thread(wanted.read, service.architecture)
-        copy = adoption.copier(worker.engine.model.model, tensors)
+        copy = await asyncio.to_thread(adoption.copier, worker.engine.model.model, tensors)
 
         def adopt() -> None:
             service.updates.check_update(is_paused=worker.is_paused)

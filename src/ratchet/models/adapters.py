@@ -23,6 +23,7 @@ from ratchet.errors import Refusal
 from ratchet.rng import derive
 
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+DROPOUT = ".lora_dropout."
 _WEIGHTS = "adapter_model.safetensors"
 
 

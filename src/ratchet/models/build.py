@@ -4,11 +4,12 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -18,8 +19,11 @@ from ratchet.chat import COPIED
 from ratchet.chat import FILES as CHAT_FILES
 from ratchet.config import ModelConfig
 from ratchet.errors import Refusal
+from ratchet.models import naming
 from ratchet.rng import derive
 
+_CONVERSIONS = "_weight_conversions"
+"""Where transformers keeps how the tensors of files became those of a model."""
 disable_progress_bar()  # the programs write to log files
 
 WEIGHTS = "model.safetensors"
@@ -56,6 +60,45 @@ def _from_seed(model: ModelConfig, seed: int) -> Any:
         )
 
 
+def frame(model: ModelConfig) -> PreTrainedModel:
+    """The model of a configuration with memory for its values, which are whatever lies there; what it computes of its
+    settings alone is right. It knows the names that its files have.
+    """
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(hub.snapshot(model.name, ["config.json"]))
+    with no_init_weights():
+        module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=model.attention
+        )
+    module.tie_weights()
+    if not model.random_init and not _headers(hub.snapshot(model.name, ["*.safetensors"])).keys() <= {
+        *module.state_dict()
+    }:
+        setattr(module, _CONVERSIONS, getattr(shape(model), _CONVERSIONS, None))
+    return module
+
+
+def shape(model: ModelConfig) -> PreTrainedModel:
+    """The network of a configuration without its values, which knows the names that its files have."""
+    patterns = ["config.json"] if model.random_init else ["config.json", "*.safetensors"]
+    directory = hub.snapshot(model.name, patterns)
+    module = naming.empty(AutoConfig.from_pretrained(directory))
+    if not model.random_init and (headers := _headers(directory)):
+        naming.load(module, headers, "meta", module.dtype)
+    return module
+
+
+def _headers(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory without its values."""
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            found |= {n: torch.empty(file.get_slice(n).get_shape(), device="meta") for n in names}
+    return found
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())
 
@@ -72,12 +115,14 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) 
     Raises: OSError
     """
     _write_tensors(directory / WEIGHTS, tensors)
-    save_rest(directory, next(iter(tensors.values())).dtype, model)
+    save_rest(directory, tensors, model)
 
 
-def save_rest(directory: Path, dtype: torch.dtype, model: ModelConfig) -> None:
+def save_rest(directory: Path, tensors: dict[str, torch.Tensor], model: ModelConfig) -> None:
     """What `save` writes beside the tensors. Raises: OSError"""
     source = source_directory(model)
+    dtypes = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = dtypes.most_common(1)[0][0]
     config = read_config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

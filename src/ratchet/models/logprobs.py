@@ -9,13 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ratchet.errors import Refusal
 from ratchet.models import branches
 from ratchet.models.branches import BranchTensors
 from ratchet.models.fusing import fused
 
-# Settings by which some models transform the head's output; `Policy` applies the head alone.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 CHUNK_LOGITS = 2**28
 """Logits that exist at one time: half a gigabyte in bf16, and their gradient beside them."""
 
@@ -30,9 +27,6 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, *, keeps_logits: bool = False) -> None:
         super().__init__()
         self.keeps_logits = keeps_logits
-        unusual = [name for name in _LOGIT_SETTINGS if getattr(model.config, name, None)]
-        if unusual:
-            raise Refusal(f"Models that transform their logits ({', '.join(unusual)}) are not supported.")
         self.model = model
 
     def forward(
@@ -50,7 +44,7 @@ class Policy(nn.Module):
         Shapes: (B, T) int64, (N,) int64, (N,) int64 -> (N,) float32
         """
         seen = {} if shared is None else branches.inputs(self.model, *shared)
-        hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False, **seen).last_hidden_state
+        hidden_BTD = body(self.model)(input_ids=inputs_BT, use_cache=False, **seen).last_hidden_state
         return head_logprobs(
             self.model.get_output_embeddings(),
             hidden_BTD.flatten(0, 1),
@@ -59,6 +53,11 @@ class Policy(nn.Module):
             temperature,
             keeps_logits=self.keeps_logits,
         )
+
+
+def body(model: PreTrainedModel) -> Any:
+    """The model without its head. The text part of a larger model may name a body that only the whole has."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def head_logprobs(

@@ -1,7 +1,7 @@
 """The tensors of a model, gathered; those of a checkpoint without a trainer: read by name, compared, exported."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ratchet import checkpoint
 from ratchet.config import LoraConfig, ModelConfig
-from ratchet.models import adapters, build
-from ratchet.models.trainable import build_trainable
+from ratchet.models import adapters, build, naming
+from ratchet.models.trainable import build_trainable, saved_buffers
 
 _MODEL = "model."
 _GROUP_BYTES = 1 << 30
@@ -73,11 +73,19 @@ def _to_host(name: str, tensor: torch.Tensor, known: dict[str, torch.Tensor]) ->
     return known[name].copy_(tensor)
 
 
-def export(directory: Path, target: Path, model: ModelConfig, *, dtype: str) -> int:
-    """Write the model of a checkpoint as a Hugging Face directory; returns the number of tensors."""
-    tensors = _cast(_model_of(directory), dtype)
-    build.save(target, tensors, model)
-    return len(tensors)
+def export(directory: Path, target: Path, model: ModelConfig, *, seed: int, dtype: str) -> int:
+    """Write the model of a checkpoint as a Hugging Face directory; returns the number of tensors.
+
+    What is published has the same names, and in fp32 the same bytes. A checkpoint of an older version holds no
+    buffers: they are those that the model of this configuration has.
+    """
+    module, tensors = build.shape(model), _model_of(directory)
+    buffers = saved_buffers(module)
+    if buffers.keys() - tensors.keys():
+        tensors = saved_buffers(build.build(model, seed=seed)) | tensors
+    written = naming.outward(module, _cast(tensors, dtype, but=buffers))
+    build.save(target, written, model)
+    return len(written)
 
 
 def export_adapter(directory: Path, target: Path, model: ModelConfig, lora: LoraConfig, *, dtype: str) -> int:
@@ -97,9 +105,10 @@ def export_merged(
     module, base = build_trainable(model, seed=seed)
     assert base is not None
     adapters.check_base(directory, base)
-    tensors = _cast(adapters.merged(full_tensors(module) | _model_of(directory), lora), dtype)
-    build.save(target, tensors, model)
-    return len(tensors)
+    merged = adapters.merged(full_tensors(module) | _model_of(directory), lora)
+    written = naming.outward(module, _cast(merged, dtype, but=saved_buffers(module)))
+    build.save(target, written, model)
+    return len(written)
 
 
 def _model_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -107,9 +116,9 @@ def _model_of(directory: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(_MODEL): tensor for name, tensor in read(directory, wanted).items()}
 
 
-def _cast(tensors: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+def _cast(tensors: dict[str, torch.Tensor], dtype: str, but: Collection[str] = ()) -> dict[str, torch.Tensor]:
     kind: torch.dtype = getattr(torch, dtype)
-    return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
+    return {name: tensor if name in but else tensor.to(kind) for name, tensor in tensors.items()}
 
 
 def differences(a: Path, b: Path) -> list[TensorDifference]:

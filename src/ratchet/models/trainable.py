@@ -1,14 +1,15 @@
 """A model as it is trained: with adapters beside a frozen base, or with parameters that keep their values."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from ratchet.config import ModelConfig
 from ratchet.errors import Refusal
 from ratchet.models import adapters
-from ratchet.models.build import build
+from ratchet.models.build import build, frame
 
 
 def build_trainable(model: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, str | None]:
@@ -23,6 +24,25 @@ def build_trainable(model: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, 
         return module, base
     freeze(module, model.freeze)
     return module, None
+
+
+def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The buffers that belong to the policy, such as the biases by which some routers choose experts."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
+def build_frame(model: ModelConfig, saved: Collection[str]) -> PreTrainedModel | None:
+    """The model of a configuration with room for its values, which a checkpoint with the tensors `saved` gives it; None
+    where that lacks some (buffers, in those of older versions). No weight is read or drawn.
+
+    Raises: Refusal
+    """
+    module = frame(model)
+    if any(f"model.{name}" not in saved for name in saved_buffers(module)):
+        return None
+    freeze(module, model.freeze)
+    return module
 
 
 def freeze(module: PreTrainedModel, patterns: Sequence[str]) -> None:

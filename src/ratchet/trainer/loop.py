@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ratchet import batchlog, checkpoint, metrics
+from transformers import PreTrainedModel
+
+from ratchet import batchlog, checkpoint, durable, metrics
 from ratchet.attempts import Assignment
 from ratchet.chat import Chat
 from ratchet.config import RLConfig, SFTConfig
@@ -16,7 +18,8 @@ from ratchet.inputs.seen import Guard
 from ratchet.inputs.tree import Tree
 from ratchet.log import LOGGER
 from ratchet.mirror.upload import Uploader
-from ratchet.models.trainable import build_trainable
+from ratchet.models.check_policy import check_policy
+from ratchet.models.trainable import build_frame, build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
 from ratchet.timeline import Timeline
@@ -65,10 +68,7 @@ class Trainer:
         self._timeline = Timeline(assignment.stage if world.is_first else None)
         opened = time.perf_counter()
         self._is_stopping = is_stopping
-        guard = Guard(assignment, "trainer", writes=world.is_first)
-        guard.add(inputs_of(self._config))
-        with files.verified_weights(self._config.model, guard.inputs):
-            model, base = build_trainable(self._config.model, seed=self._config.seed)
+        model, base = self._build()
         self._updater = open_updater(model, self._config, world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
         self._mirror = Uploader.of(assignment) if world.is_first else None
@@ -87,6 +87,25 @@ class Trainer:
         if assignment.plan.from_checkpoint:
             self._checkpointer.restore(self._state, assignment.plan.step)
         self._timeline.add("start", assignment.plan.step, time.perf_counter() - opened)
+
+    def _build(self) -> tuple[PreTrainedModel, str | None]:
+        """The model, and the digest of its base where it has adapters.
+
+        A whole checkpoint needs no base. Otherwise its bytes are verified while it is loaded, and where a run begins
+        with it, what is trained is compared with what its own code computes. Raises: Refusal
+        """
+        run, model = self._assignment, self._config.model
+        guard = Guard(run, "trainer", writes=self._world.is_first)
+        guard.add(inputs_of(self._config))
+        if run.plan.from_checkpoint and model.lora is None:
+            schema = durable.read_manifest(run.paths.checkpoint(run.plan.step)).meta["schema"]
+            if (found := build_frame(model, schema)) is not None:
+                return found, None
+        with files.verified_weights(model, guard.inputs):
+            found, base = build_trainable(model, seed=self._config.seed)
+        if not run.plan.from_checkpoint and self._world.is_first:
+            check_policy(found)
+        return found, base
 
     @property
     def _step(self) -> int:

@@ -95,6 +95,8 @@ class RecordedPasses:
         self._is_cast = config.precision == "bf16"
         for weight, mine in zip(model.parameters(), own.parameters(), strict=True):
             mine.data = mine.data.bfloat16() if self._is_cast else weight.data
+        for value, mine in zip(model.buffers(), own.buffers(), strict=True):
+            mine.data = value.data  # which a restore fills
         self._policy = lay_out(own, config, world.device)
         self._weights: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self._copies: list[torch.Tensor] = [p for p in own.parameters() if p.requires_grad]

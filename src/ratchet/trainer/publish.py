@@ -21,7 +21,7 @@ from ratchet import durable, memory, weights
 from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
 from ratchet.log import LOGGER
-from ratchet.models import adapters, build
+from ratchet.models import adapters, build, naming
 from ratchet.models.tensors import full_tensors
 from ratchet.timeline import Timeline
 from ratchet.trainer.shelf import Shelf
@@ -61,7 +61,7 @@ class Publisher:
         if not self._world.is_first:
             return
         self._publishing = threading.Thread(
-            target=self._run, args=(tensors, step, on_commit), name=f"publish-{step}", daemon=True
+            target=self._run, args=(model, tensors, step, on_commit), name=f"publish-{step}", daemon=True
         )
         self._publishing.start()
 
@@ -87,9 +87,16 @@ class Publisher:
         _join(self._publishing)
         _join(self._copying)
 
-    def _run(self, tensors: dict[str, torch.Tensor], step: int, on_commit: Callable[[], None]) -> None:
+    def _run(
+        self,
+        model: PreTrainedModel,
+        tensors: dict[str, torch.Tensor],
+        step: int,
+        on_commit: Callable[[], None],
+    ) -> None:
         try:
             with self._timeline.phase("publish", step):
+                tensors = naming.outward(model, tensors)
                 if self._shelf is None:
                     self._write(tensors, step)
                 else:

@@ -170,10 +170,8 @@ class Replay:
     def _state_difference(self, step: int) -> str:
         """The first tensor that is not equal bit for bit, with its largest difference."""
         folder = self._paths.checkpoint(step) / checkpoint.TRAINER
-        durable.verify(self._paths.checkpoint(step))
-        live = {
-            part: {name: _whole(t) for name, t in own.items()} for part, own in self._state.tensors().items()
-        }
+        own = self._state.tensors_of(durable.verify(self._paths.checkpoint(step)).meta["schema"])
+        live = {part: {name: _whole(t) for name, t in tensors.items()} for part, tensors in own.items()}
         saved = {part: {n: torch.empty_like(t) for n, t in own.items()} for part, own in live.items()}
         load(saved, storage_reader=FileSystemReader(folder))
         for part, own in live.items():

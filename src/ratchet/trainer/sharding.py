@@ -53,7 +53,6 @@ def shard(model: PreTrainedModel, config: TrainerConfig, world: World) -> Policy
 def lay_out(model: PreTrainedModel, config: TrainerConfig, device: torch.device) -> Policy:
     """Bring a model to its device, and checkpoint and compile its layers."""
     model.to(device)  # pyright: ignore[reportArgumentType]
-    model.train()
     if config.activation_checkpointing == "attention" and model.config._attn_implementation == FLEX:
         LOGGER.warning("FlexAttention is computed again like everything else: its result cannot be kept")
     if config.compile:

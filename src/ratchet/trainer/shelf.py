@@ -42,7 +42,7 @@ class Shelf:
         directory = self._stage.begin(f"weights_{step}")
         layout = Layout(tensors)
         file = self._open(directory / build.WEIGHTS, layout.size_bytes)
-        build.save_rest(directory, next(iter(tensors.values())).dtype, self._assignment.config.model)
+        build.save_rest(directory, tensors, self._assignment.config.model)
         others = [path.name for path in directory.iterdir() if path.name != build.WEIGHTS]
         sealed = durable.seal(directory, others)
         sealed.append(tensor_file.write(file, layout, tensors, build.WEIGHTS))

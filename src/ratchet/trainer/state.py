@@ -9,7 +9,7 @@ means "no checkpoint" and surfaces at the next step.
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ratchet.errors import RatchetError, Refusal, SaveFailed
 from ratchet.inputs import seen
 from ratchet.log import LOGGER
 from ratchet.models import adapters
+from ratchet.models.trainable import saved_buffers
 from ratchet.records import FileEntry, Progress
 from ratchet.timeline import Timeline
 from ratchet.trainer import schedule, shards
@@ -58,14 +59,16 @@ class TrainerState:
             for name, parameter in self.model.named_parameters()
             if self.base is None or parameter.requires_grad
         }
+        if self.base is None:
+            model |= saved_buffers(self.model)
         return {"model": model, "optimizer": self.optimizer.tensors()}
 
-    def schema(self) -> dict[str, list[Any]]:
-        """Name, dtype and global shape of every tensor."""
+    def tensors_of(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a saved checkpoint. One of an older version holds no buffers: they stay what the base's are."""
+        buffers = {f"model.{name}" for name in saved_buffers(self.model)} - schema.keys()
         return {
-            f"{part}.{name}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            part: {name: tensor for name, tensor in tensors.items() if f"{part}.{name}" not in buffers}
             for part, tensors in self.tensors().items()
-            for name, tensor in tensors.items()
         }
 
 
@@ -103,13 +106,14 @@ class Checkpointer:
         if state.base is not None:
             adapters.check_base(directory, state.base)
         meta = durable.read_manifest(directory).meta
-        _check_schema(directory, meta["schema"], state.schema())
+        tensors = state.tensors_of(meta["schema"])
+        _check_schema(directory, meta["schema"], _schema(tensors))
         if self._rows_meta:  # a checkpoint of an older version does not say so
             self._rows_meta[ROWS_FROM] = meta.get(ROWS_FROM, step)
         folder = directory / checkpoint.TRAINER
         record = msgspec.json.decode((folder / SCHEDULER).read_bytes(), type=ScheduleRecord)
         schedule.check_record(record, self._config.trainer, self._config.max_steps, step)
-        load(state.tensors(), storage_reader=FileSystemReader(folder))
+        load(tensors, storage_reader=FileSystemReader(folder))
         state.optimizer.set_steps(msgspec.json.decode((folder / OPTIMIZER_STEPS).read_bytes()))
         state.progress = msgspec.json.decode((folder / PROGRESS).read_bytes(), type=Progress)
 
@@ -206,7 +210,8 @@ class Checkpointer:
         durable.fsync_path(rows)
         run = self._assignment
         inputs = msgspec.to_builtins(seen.with_notes(run.paths, run.attempt, run.inputs))
-        meta = {"metrics": metrics.mark(rows), "schema": state.schema(), "inputs": inputs, **self._rows_meta}
+        schema = _schema(state.tensors())
+        meta = {"metrics": metrics.mark(rows), "schema": schema, "inputs": inputs, **self._rows_meta}
         return directory, meta if state.base is None else meta | {"base": state.base}
 
     def _run(self, step: int, directory: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -250,6 +255,15 @@ class Checkpointer:
         parts: list[Any] | None = [None] * self._world.size if self._world.is_first else None
         dist.gather_object(entries, parts, dst=0, group=self._world.save_group)
         return [entry for part in parts or [] for entry in part]
+
+
+def _schema(state: dict[str, Any]) -> dict[str, list[Any]]:
+    """Name, dtype and global shape of every tensor."""
+    return {
+        f"{part}.{name}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for part, tensors in state.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_schema(directory: Path, saved: dict[str, list[Any]], live: dict[str, list[Any]]) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ratchet.config import RLConfig, SFTConfig, TrainerConfig
 from ratchet.errors import PoisonBatch
 from ratchet.log import LOGGER
-from ratchet.models import attention, branches
+from ratchet.models import adapters, attention, branches
 from ratchet.rng import derive
 from ratchet.trainer import loss, packing
 from ratchet.trainer.optim import Optimizer
@@ -29,10 +29,20 @@ def choose_loss(config: SFTConfig | RLConfig) -> LossFunction:
     )
 
 
+def set_mode(model: PreTrainedModel, config: SFTConfig | RLConfig) -> None:
+    """SFT drops what the model's own settings say. In RL the policy is the one that sampled, which drops nothing; what
+    adapters drop is the run's own setting, and stays.
+    """
+    is_rl = isinstance(config, RLConfig)
+    for name, module in model.named_modules():
+        module.training = not is_rl or adapters.DROPOUT in f".{name}."
+
+
 def open_updater(model: PreTrainedModel, config: SFTConfig | RLConfig, world: World) -> "Updater":
     """Lay a model out on the ranks, and give it an optimizer and a loss."""
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     attention.choose(model, world.device, dtype, is_recorded=config.trainer.cuda_graphs)
+    set_mode(model, config)
     kind = RecordedPasses if config.trainer.cuda_graphs else GatheredPasses
     passes = kind(model, config.trainer, world, choose_loss(config))
     optimizer = Optimizer(model, config.trainer.optim, world)

@@ -53,9 +53,9 @@ def _write(
         if (
             policies
         ):  # has the config and the tokenizer beside it, also where the model's source is not at hand
-            update = {"name": str(paths.weight(policies[-1])), "tokenizer": None}
+            update = {"name": str(paths.weight(policies[-1])), "tokenizer": None, "random_init": False}
             model = model.model_copy(update=update)
-        return "policy", tensors.export(source, staged, model, dtype=dtype)
+        return "policy", tensors.export(source, staged, model, seed=config.seed, dtype=dtype)
     if arguments.merge:
         written = tensors.export_merged(source, staged, model, model.lora, seed=config.seed, dtype=dtype)
         return "policy, adapters merged", written

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform  # pyright: ignore
 
 from ratchet.errors import RatchetError
 from ratchet.inference import adoption
+from ratchet.models import naming
 
 _CARRIED = re.compile(r"<ratchet (\w+)>(.*?)</ratchet>", re.DOTALL)
 
@@ -87,7 +88,7 @@ class PublishedWeights(WeightTransferEngine):
     def receive_weights(self, update_info: Directory) -> None:
         try:
             _, tensors = update_info.wanted.read(self._architecture)
-            adoption.match(self._shape, tensors)
+            adoption.match(self._shape, naming.inward(self._shape, tensors))
         except RatchetError as error:
             raise Carried(error) from None
         initialize_layerwise_reload(self.model)
