@@ -70,7 +70,7 @@ def test_the_same_command_continues_it_to_its_end(archive, tmp_path):
     assert [name for name, digest in published.items() if now.get(name, digest) != digest] == []
     assert {f"checkpoints/{older.saved}", *(f"batches/{step}" for step in older.behind)} <= now.keys()
     assert "0 damaged" in run("ckpt", "verify", older.paths.root)
-    assert run("ckpt", "audit", older.paths.root).endswith("clean\n")
+    assert run("ckpt", "audit", older.paths.root).startswith("clean\n")
 
 
 @pytest.mark.parametrize("archive", archives("rl", "rl-deterministic"))

@@ -22,35 +22,35 @@ def audits(arguments: argparse.Namespace) -> int:
 
 
 def _report_lines(report: Report) -> list[str]:
-    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(report.dropped.items()))
-    lines = [f"PROBLEM {finding}" for finding in report.findings]
-    lines += [f"note: {note}" for note in report.notes]
+    """The verdict, what it rests on, and last what cannot be proved."""
+    lines = [f"{len(report.findings)} problems" if report.findings else "clean"]
+    lines += [f"PROBLEM {finding}" for finding in report.findings]
+    lines += [str(report.rows)] if report.rows is not None else _draw_lines(report)
     if report.inputs:
         lines.append(f"inputs: {', '.join(f'{group} {value}' for group, value in report.inputs.items())}")
     lines += [f"accepted: {change}" for change in report.accepted]
+    return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def _draw_lines(report: Report) -> list[str]:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(report.dropped.items()))
+    lines = [
+        f"{report.draws} draws = {report.trained} trained + {sum(report.dropped.values())} dropped"
+        f"{f' ({dropped})' if dropped else ''} + {report.in_flight} in flight; "
+        f"{report.skipped} skipped, {report.duplicated} duplicated"
+    ]
+    for label, env in report.envs.items():
+        lines.append(
+            f"{label}: {env.drawn} drawn = {env.trained} trained + {env.dropped} dropped + {env.in_flight} in flight; "
+            f"{env.tasks} different tasks, each at most {env.most} times"
+        )
     if report.ledger_range is not None:
         first, last = report.ledger_range
         lines.append(f"ledger: accounts for batches {first} to {last}")
         there = report.batch_range
         what = f"batches {there[0]} to {there[1]} are still there" if there else "no batch is still there"
         lines.append(f"log: {what} and were compared; what is older rests on the ledger's chain alone")
-    if report.rows is not None:
-        return [*lines, str(report.rows), _verdict(report)]
-    for label, env in report.envs.items():
-        lines.append(
-            f"{label}: {env.drawn} drawn = {env.trained} trained + {env.dropped} dropped + {env.in_flight} in flight; "
-            f"{env.tasks} different tasks, each at most {env.most} times"
-        )
-    lines.append(
-        f"{report.draws} draws = {report.trained} trained + {sum(report.dropped.values())} dropped"
-        f"{f' ({dropped})' if dropped else ''} + {report.in_flight} in flight; "
-        f"{report.skipped} skipped, {report.duplicated} duplicated"
-    )
-    return [*lines, _verdict(report)]
-
-
-def _verdict(report: Report) -> str:
-    return f"{len(report.findings)} problems" if report.findings else "clean"
+    return lines
 
 
 def diff(arguments: argparse.Namespace) -> int:

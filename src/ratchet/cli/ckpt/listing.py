@@ -118,7 +118,7 @@ def show(arguments: argparse.Namespace) -> int:
         "world_size": manifest.world_size,
         "hash": manifest.hash,
         "versions": manifest.versions,
-        "inputs": history.leaves(read) if read else None,
+        "inputs": {"digest": read.digest, **history.leaves(read)} if read else None,
         "accepted": {entry.group: str(entry) for entry in read.accepted} if read and read.accepted else None,
         "progress": _read_json(directory / audit.PROGRESS),
         "learning_rate": _read_json(directory / SCHEDULER),
