@@ -23,7 +23,8 @@ def audits(arguments: argparse.Namespace) -> int:
 
 def _report_lines(report: Report) -> list[str]:
     """The verdict, what it rests on, and last what cannot be proved."""
-    lines = [f"{len(report.findings)} problems" if report.findings else "clean"]
+    count = len(report.findings)
+    lines = [f"{count} problem{'s' * (count > 1)}" if count else "clean"]
     lines += [f"PROBLEM {finding}" for finding in report.findings]
     lines += [str(report.rows)] if report.rows is not None else _draw_lines(report)
     if report.inputs:
