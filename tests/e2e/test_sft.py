@@ -227,4 +227,4 @@ def test_changed_data_is_refused_and_the_corrected_name_of_a_missing_file_is_tak
     run("sft", *command, "--data.name", data)
     data.write_text("".join(source[:300]))
     more = ("--max-steps", "8", "--ckpt.resume-step", "-1")
-    assert "data changed since this run began" in run("sft", *command, "--data.name", data, *more, code=2)
+    assert "is not what it was: data (rows" in run("sft", *command, "--data.name", data, *more, code=2)
