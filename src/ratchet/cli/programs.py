@@ -101,10 +101,12 @@ def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
     Raises: Refusal
     """
     from ratchet.inference.vllm import command
-    from ratchet.models.check import check_model
+    from ratchet.models.check import check_model, check_served
     from ratchet.orchestrator.check import check, probe
 
     found = {"model": check_model(config.model), **check(config)}
+    if config.inference is not None and config.inference.engine != "vllm":
+        check_served(config.model)
     if is_alone:
         return found
     check_memory(config)
@@ -164,10 +166,12 @@ def inference() -> NoReturn:
 
 def _inference() -> int:
     config = _parse(ServerConfig, "inference")
-    from ratchet.models.check import check_model
+    from ratchet.models.check import check_model, check_served
 
     is_vllm = config.inference is not None and config.inference.engine == "vllm"
     check_model(config.model, may_be_quantised=is_vllm)
+    if not is_vllm:
+        check_served(config.model)
     from ratchet.inference.__main__ import serve
     from ratchet.inference.vllm import command
 

@@ -74,8 +74,9 @@ def _headers(directory: Path) -> dict[str, torch.Tensor]:
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {
-                name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()
-            }  # noqa: SIM118
+                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118 it is no mapping
+            }
     return found
 
 
