@@ -209,7 +209,7 @@ def test_an_accepted_change_is_announced_counted_and_never_mixed(project):
     """Eight finished rollouts of before lie in the journal: none of them is trained."""
     old = {entry.draw: entry for entry in journalled(project / "run") if entry.draw >= 4}
     edit(project, *EDITS["a helper"])
-    flag, said = accepted(project, "run")
+    _, said = accepted(project, "run")
     assert "accepted from batch 2 on: helper.py " in said
     paths = RunPaths(project / "run")
     rows = {row["step"]: row for row in metrics.read(paths.metric("orchestrator"))}

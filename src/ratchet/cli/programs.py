@@ -113,9 +113,12 @@ def check_rl(config: RLConfig, seen: Seen, *, is_alone: bool = False) -> None:
     Raises: Refusal
     """
     from ratchet.inference.vllm import command
+    from ratchet.models.check import check_served
     from ratchet.orchestrator.check import check, probe
 
     _check_model(config, seen)
+    if config.inference is not None and config.inference.engine != "vllm":
+        check_served(config.model)
     check(config, seen)
     if is_alone:
         return
@@ -173,12 +176,14 @@ def inference() -> NoReturn:
 
 def _inference() -> int:
     config = _parse(ServerConfig, "inference")
-    from ratchet.models.check import check_files, check_model
+    from ratchet.models.check import check_files, check_model, check_served
 
     is_vllm = config.inference is not None and config.inference.engine == "vllm"
     check_files(config.model)
     check_model(config.model, may_be_quantised=is_vllm)
     files.check_stated(config.model)
+    if not is_vllm:
+        check_served(config.model)
     from ratchet.inference.__main__ import serve
     from ratchet.inference.vllm import command
 

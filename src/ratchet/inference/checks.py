@@ -10,6 +10,7 @@ from ratchet.errors import Refusal
 from ratchet.inference.sampling import sample
 from ratchet.inference.slots import ATTENTION, ROWS, SlotModel, decode_attention, possible_rungs
 from ratchet.log import LOGGER
+from ratchet.models.check import unserved
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
@@ -30,17 +31,33 @@ def check_positions(model: PreTrainedModel, max_model_len: int) -> int:
     if kind == "longrope" or (kind == "dynamic" and max_model_len > native):
         raise Refusal(
             f"The model's {kind} rotary embedding changes with the longest sequence of a batch, which this engine "
-            "does not decode: choose another model."
+            'does not decode: set inference.engine = "vllm".'
         )
     return max_model_len
 
 
-@torch.inference_mode()
 def check_model(slot_model: SlotModel) -> None:
     """Compare prefill and one decode step with the model's own forward pass: eager, which every model has.
 
-    Raises: Refusal if this engine does not compute what the model means.
+    Raises: Refusal if this engine does not compute what the model means, or cannot run it.
     """
+    name = type(slot_model.model).__name__
+    try:
+        gap = _gap(slot_model)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever a model raises that finds another cache or attention than it expects
+        LOGGER.debug("the engine's check of %s", name, exc_info=True)
+        raise Refusal(unserved(name, f"{type(error).__name__} in its own layers")) from None
+    if not gap <= _TOLERANCE.get(slot_model.model.dtype, 5e-2):
+        raise Refusal(unserved(name, f"its logits would be wrong by {gap:.1e} of their size"))
+
+
+@torch.inference_mode()
+def _gap(slot_model: SlotModel) -> float:
+    """How far the engine's logits are from the model's own, as a part of the largest."""
     model = slot_model.model
     length = max(2, min(24, slot_model.max_model_len))
     token_ids = [(7 * i + 3) % model.config.get_text_config().vocab_size for i in range(length)]
@@ -55,12 +72,7 @@ def check_model(slot_model: SlotModel) -> None:
     tokens_S = torch.full((slot_model.slots,), token_ids[-1])
     decoded_V = slot_model.decode(tokens_S, torch.full_like(tokens_S, length - 1))[0]
     found_2V = torch.stack([prefilled.logits_1V[0], decoded_V])
-    gap = float((found_2V - expected_2V).abs().max() / expected_2V.abs().max().clamp(min=1e-3))
-    if not gap <= _TOLERANCE.get(model.dtype, 5e-2):
-        raise Refusal(
-            f"The embedded engine does not reproduce {type(model).__name__}: its logits differ from the model's own "
-            f"by {gap:.1e} of their size. Choose a model with ordinary causal attention."
-        )
+    return float((found_2V - expected_2V).abs().max() / expected_2V.abs().max().clamp(min=1e-3))
 
 
 @torch.inference_mode()

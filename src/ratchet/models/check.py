@@ -12,6 +12,32 @@ from ratchet.config import ModelConfig
 from ratchet.errors import Refusal
 from ratchet.paths import parse_step
 
+_STATEFUL = {
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zaya",
+}
+"""Model types that were tried out, whose files need not say what their layers are."""
+_STATES = {"conv", "linear_attention", "mamba", "recurrent"}
+
 
 def check_files(model: ModelConfig) -> None:
     """Raises: Refusal with the remedy if there is no model, or none of its weights."""
@@ -46,6 +72,22 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
         raise Refusal("model.attention is flash_attention_2, but the package flash-attn is not installed.")
     if model.lora is not None and importlib.util.find_spec("peft") is None:
         raise Refusal("model.lora needs the package peft: install `ratchet[lora]`.")
+
+
+def check_served(model: ModelConfig) -> None:
+    """Raises: Refusal for a model of which it is certain that the embedded engine, once it has it, will refuse it."""
+    directory = hub.snapshot(model.name, ["config.json"])
+    config = _read_config(directory)
+    config = config.get("text_config") or config
+    layers = set(config.get("layer_types") or [])
+    if config.get("model_type") in _STATEFUL or layers & _STATES:
+        raise Refusal(unserved(model.name, "it has layers that carry a state from token to token"))
+    if config.get("kv_lora_rank"):
+        raise Refusal(unserved(model.name, "its attention is latent"))
+
+
+def unserved(name: str, reason: str) -> str:
+    return f'The embedded engine cannot serve {name} ({reason}): set inference.engine = "vllm".'
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
