@@ -14,7 +14,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ratchet import hub
 from ratchet.errors import Refusal
@@ -129,7 +129,7 @@ class Chat:
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template computes with what it is given: it may fail of anything
             if _CLOCK in str(error):
                 raise Refusal(
                     f"The chat template of {self._name} asks for today's date, with which a run that continues "
@@ -141,7 +141,15 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without adding any special token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise UnusableMessages(
+                "The text has half a character (a lone surrogate, such as \\ud83d), of which there are no tokens."
+            ) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -177,7 +185,7 @@ class Chat:
         """The tokens of a demonstration, and which of them the model is to learn.
 
         With `{% generation %}` blocks in the template the mask is theirs; otherwise what each assistant
-        message adds after the generation prompt.
+        message adds after the generation prompt. Raises: UnusableMessages
         """
         if self.has_generation_blocks:
             return self._by_blocks(messages)
@@ -191,7 +199,7 @@ class Chat:
             if index % 2:
                 spans.append((length, length + len(piece)))
             length += len(piece)
-        encoding = self._tokenizer.encode("".join(plain), add_special_tokens=False)
+        encoding = self._encoding("".join(plain))
         return encoding.ids, _within(encoding.offsets, spans)
 
     def _by_prefixes(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -203,12 +211,12 @@ class Chat:
             head = self._text(messages[:index], add_generation_prompt=True)
             whole = self._text(messages[: index + 1], add_generation_prompt=False)
             if not (text.startswith(head) and text.startswith(whole)):
-                raise Refusal(
+                raise UnusableMessages(
                     f"The chat template of {self._name} rewrites earlier turns, so it cannot tell which tokens "
                     "the model says: add {% generation %} blocks to it."
                 )
             spans.append((len(head), len(whole)))
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return encoding.ids, _within(encoding.offsets, spans)
 
 

@@ -37,7 +37,7 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
     Raises: Refusal with the remedy, also if the weights are quantised where only vLLM could use them.
     """
     directory = hub.snapshot(model.name, ["config.json"])
-    if not may_be_quantised and _read_config(directory).get("quantization_config"):
+    if not may_be_quantised and read_config(directory).get("quantization_config"):
         raise Refusal(
             f"{model.name} holds quantised weights, which can be served by vLLM but not trained: give the model "
             "that they were made from."
@@ -48,8 +48,8 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
         raise Refusal("model.lora needs the package peft: install `ratchet[lora]`.")
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """Raises: Refusal"""
+def read_config(directory: Path) -> dict[str, Any]:
+    """What a model directory states of its model. Raises: Refusal"""
     path = directory / "config.json"
     try:
         found = json.loads(path.read_text())
