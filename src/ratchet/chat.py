@@ -33,7 +33,7 @@ RENDERER = "1"
 """How messages become tokens, as a version: a run goes on by the one that it began with."""
 Message = dict[str, Any]
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Marks around what the model itself says; from a private-use area, so no text contains them.
+# Marks around what the model itself says; from a private-use area, so hardly any text contains them.
 _OPEN, _CLOSE, _CONTENT = "\ue0a0", "\ue0a1", "\ue0a2"
 # What templates call for today's date. It is not there: templates that look first have a date of their own.
 _CLOCK = "strftime_now"
@@ -193,6 +193,10 @@ class Chat:
 
     def _by_blocks(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         marked = self._text(messages, add_generation_prompt=False, marked=True)
+        if any(mark in str(message["content"]) for message in messages for mark in (_OPEN, _CLOSE)):
+            raise UnusableMessages(
+                "The text has U+E0A0 or U+E0A1, which mark here what the model says: take them out."
+            )
         spans, plain, length = [], [], 0
         for index, piece in enumerate(marked.replace(_CLOSE, _OPEN).split(_OPEN)):
             plain.append(piece)

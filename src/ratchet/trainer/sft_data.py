@@ -62,7 +62,7 @@ def check_data(data: DataConfig, chat: Chat, seed: int = 0, limits: Limits | Non
         messages_of(row, place)
     for shape in sorted(shapes - {MESSAGES, PAIR}):
         LOGGER.info("%s has %s: %s.", data.name, shape, _MAPPED[shape])
-    SFTSource(data, chat, seed, limits, rows=rows, is_heard=False).look_ahead()
+    SFTSource(data, chat, seed, limits, rows=rows).look_ahead()
 
 
 @dataclass(frozen=True)
