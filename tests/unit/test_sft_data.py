@@ -139,6 +139,16 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, monkeypatch):
         load_rows(data)
 
 
+def test_every_row_of_the_hub_is_checked_too(monkeypatch, chat):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}]
+    monkeypatch.setattr(sft_files, "_read_hub", lambda data: rows)
+    with pytest.raises(Refusal, match="someone/talks, row 2: `completion` must be a text .* it is 7"):
+        check_data(DataConfig(name="someone/talks"), chat)
+    monkeypatch.setattr(sft_files, "_read_hub", lambda data: [])
+    with pytest.raises(Refusal, match="someone/talks has no rows"):
+        check_data(DataConfig(name="someone/talks"), chat)
+
+
 PAIRS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
 
@@ -307,8 +317,9 @@ def test_what_only_the_template_knows_is_a_reason_too(tmp_path):
         check_data(data, chat)
     said = str(caught.value)
     assert "2 of 4 rows cannot be trained, more than data.max_skipped 0.4 allows" in said
-    assert f"{data.name}, line 2: The chat template of mine refuses these messages: user first;" in said
-    assert f"{data.name}, line 3: The chat template of mine rewrites earlier turns" in said
+    assert said.startswith(f"{data.name}: 2 of 4 rows")
+    assert "(line 2: The chat template of mine refuses these messages: user first;" in said
+    assert "; line 3: The chat template of mine rewrites earlier turns" in said
     assert said.endswith("Correct them, or set data.max_skipped to 0.5 to do without them.")
     check_data(data.model_copy(update={"max_skipped": 0.5}), chat)
 

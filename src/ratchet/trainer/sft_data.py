@@ -62,7 +62,7 @@ def check_data(data: DataConfig, chat: Chat, seed: int = 0, limits: Limits | Non
         messages_of(row, place)
     for shape in sorted(shapes - {MESSAGES, PAIR}):
         LOGGER.info("%s has %s: %s.", data.name, shape, _MAPPED[shape])
-    SFTSource(data, chat, seed, limits, rows=rows).look_ahead()
+    SFTSource(data, chat, seed, limits, rows=rows, is_heard=False).look_ahead()
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,16 @@ class SFTSource:
         return Batch(examples, skipped=read - len(examples))
 
     def look_ahead(self) -> None:
-        """Render the first rows in the order of training. Raises: Refusal as `read` would"""
+        """Render the first rows in the order of training, and say what is skipped. Raises: Refusal as `read` would"""
         ahead = min(FIRST_ROWS, self.data_rows)
         usable = len(self._examples(0, ahead))
         if usable == 0 and ahead == self.data_rows:
             raise self._refusal(f"none of the {self.data_rows} rows can be trained")
         self._check(ahead - usable, ahead)
+        for unusable in list(self._unusable.values())[:_NAMED]:
+            LOGGER.warning("%s: the row is skipped", unusable)
         if self._unusable:
-            LOGGER.warning("%s: of the first %d rows %s.", self._data.name, ahead, self._counted())
+            LOGGER.warning("%s: of the first %d rows %s", self._data.name, ahead, self._counted())
 
     def _examples(self, first: int, count: int) -> list[Example]:
         drawn = (self._example(first + i) for i in range(count))
@@ -146,7 +148,8 @@ class SFTSource:
         )
 
     def _refusal(self, what: str, otherwise: str = "") -> Refusal:
-        named = [str(unusable) for unusable in self._unusable.values()]
+        named = [str(unusable) for _, unusable in sorted(self._unusable.items())]
+        named = [name.removeprefix(f"{self._data.name}, ") for name in named]
         if len(named) > _NAMED:
             named[_NAMED:] = [f"and {len(named) - _NAMED} more"]
         listed = f" ({'; '.join(named)})" if named else ""  # after a resume, those before it are not known
