@@ -142,7 +142,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, monkeypatch):
 def test_every_row_of_the_hub_is_checked_too(monkeypatch, chat):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}]
     monkeypatch.setattr(sft_files, "_read_hub", lambda data: rows)
-    with pytest.raises(Refusal, match="someone/talks, row 2: `completion` must be a text .* it is 7"):
+    with pytest.raises(Refusal, match=r"someone/talks, row 2: `completion` must be a text .* it is 7"):
         check_data(DataConfig(name="someone/talks"), chat)
     monkeypatch.setattr(sft_files, "_read_hub", lambda data: [])
     with pytest.raises(Refusal, match="someone/talks has no rows"):
