@@ -1,6 +1,6 @@
 """How often each row of demonstrations was trained, from the run directory of an SFT run alone.
 
-    rows          trainer                   samples of each step, and totals, against their sum
+    rows          trainer                   samples and skipped rows of each step, and totals, against their sum
     checkpoints   progress.json, manifest   totals, and the metric rows that each was saved with, against the same
     manifest      `data_rows`               how many rows the data has: the order of an epoch holds each of them once
 
@@ -21,7 +21,9 @@ DATA_ROWS = "data_rows"
 """In the manifest of a checkpoint: how many rows the data has."""
 ROWS_FROM = "rows_from"
 """There, too: since this step the place in the data is the number of rows that were trained, not of the step."""
-_TOTALS = ("samples", "tokens")
+SKIPPED = "data/skipped"
+_TOTALS = {"samples": ("samples", SKIPPED), "tokens": ("tokens",), "skipped": (SKIPPED,)}
+"""Of which parts of the rows each total is the sum: a row of data that is skipped is consumed as well."""
 
 Problem = tuple[str, str]
 """What does not reconcile, and how."""
@@ -31,7 +33,9 @@ class RowsReport(msgspec.Struct, kw_only=True):
     """How often the rows of the data were trained."""
 
     trained: int = 0
-    """Rows that were trained, each as often as it was."""
+    """Rows that were consumed, each as often as it was."""
+    skipped: int = 0
+    """Of them: they cannot be trained."""
     data_rows: int | None = None
     """Rows that the data has; None where the run directory does not say so."""
     least: int | None = None
@@ -40,11 +44,12 @@ class RowsReport(msgspec.Struct, kw_only=True):
     """... and so many of them once more."""
 
     def __str__(self) -> str:
+        skipped = f", {self.skipped} of them skipped" if self.skipped else ""
         if self.data_rows is None or self.least is None:
-            return f"{self.trained} rows consumed"
+            return f"{self.trained} rows consumed{skipped}"
         often = f"{self.least} or {self.least + 1} times" if self.once_more else f"{self.least} times"
         epoch = self.trained / self.data_rows
-        return f"{self.data_rows} rows: each {often}; {self.trained} consumed, epoch {epoch:.2f}"
+        return f"{self.data_rows} rows: each {often}; {self.trained} consumed{skipped}, epoch {epoch:.2f}"
 
 
 def reconcile(paths: RunPaths) -> tuple[RowsReport, list[Problem], list[str]]:
@@ -56,11 +61,12 @@ def reconcile(paths: RunPaths) -> tuple[RowsReport, list[Problem], list[str]]:
     problems += _totals(rows, sums)
     for step, manifest in saved.items():
         problems += _checkpoint(paths, step, manifest, sums)
-    trained = sums[max(sums)]["samples"] if sums else 0
+    last = sums[max(sums)] if sums else dict.fromkeys(_TOTALS, 0)
+    trained = last["samples"]
     sizes = {step: manifest.meta[DATA_ROWS] for step, manifest in saved.items() if DATA_ROWS in manifest.meta}
     if len(set(sizes.values())) > 1:
         problems.append(("data", f"the checkpoints state different numbers of rows: {sizes}."))
-    report = RowsReport(trained=trained)
+    report = RowsReport(trained=trained, skipped=last["skipped"])
     if (unknown := _unknown(rows, saved)) or not problems:
         notes = [unknown] if unknown else []
     else:
@@ -101,14 +107,17 @@ def _sums(rows: list[metrics.Row]) -> dict[int, dict[str, int]]:
     sums: dict[int, dict[str, int]] = {}
     running = dict.fromkeys(_TOTALS, 0)
     for row in rows:
-        running = {name: running[name] + row.get(name, 0) for name in _TOTALS}
+        running = {
+            name: running[name] + sum(row.get(part, 0) for part in parts) for name, parts in _TOTALS.items()
+        }
         sums[row["step"]] = running
     return sums
 
 
 def _totals(rows: list[metrics.Row], sums: dict[int, dict[str, int]]) -> Iterator[Problem]:
     for name in _TOTALS:
-        wrong = [row for row in rows if row.get(f"progress/total_{name}") != sums[row["step"]][name]]
+        absent = 0 if name == "skipped" else None
+        wrong = [row for row in rows if row.get(f"progress/total_{name}", absent) != sums[row["step"]][name]]
         if wrong:
             first, others = wrong[0], f"; so {len(wrong) - 1} more" if len(wrong) > 1 else ""
             yield (

@@ -14,7 +14,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ratchet import hub
 from ratchet.errors import Refusal
@@ -33,7 +33,7 @@ RENDERER = "1"
 """How messages become tokens, as a version: a run goes on by the one that it began with."""
 Message = dict[str, Any]
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Marks around what the model itself says; from a private-use area, so no text contains them.
+# Marks around what the model itself says; from a private-use area, so hardly any text contains them.
 _OPEN, _CLOSE, _CONTENT = "\ue0a0", "\ue0a1", "\ue0a2"
 # What templates call for today's date. It is not there: templates that look first have a date of their own.
 _CLOCK = "strftime_now"
@@ -129,7 +129,7 @@ class Chat:
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template computes with what it is given: it may fail of anything
             if _CLOCK in str(error):
                 raise Refusal(
                     f"The chat template of {self._name} asks for today's date, with which a run that continues "
@@ -141,7 +141,15 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without adding any special token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise UnusableMessages(
+                "The text has half a character (a lone surrogate, such as \\ud83d), of which there are no tokens."
+            ) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -177,7 +185,7 @@ class Chat:
         """The tokens of a demonstration, and which of them the model is to learn.
 
         With `{% generation %}` blocks in the template the mask is theirs; otherwise what each assistant
-        message adds after the generation prompt.
+        message adds after the generation prompt. Raises: UnusableMessages
         """
         if self.has_generation_blocks:
             return self._by_blocks(messages)
@@ -185,13 +193,17 @@ class Chat:
 
     def _by_blocks(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         marked = self._text(messages, add_generation_prompt=False, marked=True)
+        if any(mark in str(message["content"]) for message in messages for mark in (_OPEN, _CLOSE)):
+            raise UnusableMessages(
+                "The text has U+E0A0 or U+E0A1, which mark here what the model says: take them out."
+            )
         spans, plain, length = [], [], 0
         for index, piece in enumerate(marked.replace(_CLOSE, _OPEN).split(_OPEN)):
             plain.append(piece)
             if index % 2:
                 spans.append((length, length + len(piece)))
             length += len(piece)
-        encoding = self._tokenizer.encode("".join(plain), add_special_tokens=False)
+        encoding = self._encoding("".join(plain))
         return encoding.ids, _within(encoding.offsets, spans)
 
     def _by_prefixes(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -203,12 +215,12 @@ class Chat:
             head = self._text(messages[:index], add_generation_prompt=True)
             whole = self._text(messages[: index + 1], add_generation_prompt=False)
             if not (text.startswith(head) and text.startswith(whole)):
-                raise Refusal(
+                raise UnusableMessages(
                     f"The chat template of {self._name} rewrites earlier turns, so it cannot tell which tokens "
                     "the model says: add {% generation %} blocks to it."
                 )
             spans.append((len(head), len(whole)))
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return encoding.ids, _within(encoding.offsets, spans)
 
 

@@ -73,5 +73,8 @@ class Progress(msgspec.Struct, kw_only=True):
 
     step: int = 0
     total_samples: int = 0
+    """Rollouts, or rows of demonstrations that were consumed: the place in the data."""
     total_tokens: int = 0
     total_problems: int = 0
+    total_skipped: int = 0
+    """Of the rows that were consumed: they could not be trained."""

@@ -1,5 +1,6 @@
 """SFT as a user runs it: the real command, killed and stopped, against a run that never was."""
 
+import json
 import shutil
 import signal
 
@@ -168,6 +169,53 @@ def test_with_another_batch_size_the_rows_go_on_and_a_replay_follows(tmp_path):
     assert [row["progress/total_samples"] for row in rows(root)] == [8, 16, 24, 40, 56, 72]
     assert "6 rows and 2 checkpoints compared, 0 different" in run("trainer", "--replay", root)
     assert "each 0 or 1 times; 72 consumed" in run("ckpt", "audit", root)
+
+
+def unusable_rows(tmp_path):
+    """A model whose template refuses a critic, and 200 rows of which three cannot be trained, each in its own way."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "examples/reverse_text/model", model)
+    template = model / "chat_template.jinja"
+    no_critic = "{%- if messages[0].role == 'critic' %}{{ raise_exception('no critic') }}{%- endif %}"
+    template.write_text(no_critic + template.read_text())
+    rows = [{"prompt": f"{i:03d}", "completion": "ok"} for i in range(200)]
+    rows[30] = {"prompt": "half \ud83d of it", "completion": "ok"}
+    rows[99] = {"prompt": "a" * 3000, "completion": "ok"}
+    rows[150] = {"messages": [{"role": "critic", "content": "a"}, {"role": "assistant", "content": "ok"}]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model, data
+
+
+def test_three_unusable_rows_of_200_are_skipped_and_counted_also_across_a_kill(tmp_path):
+    """Ten steps of 20 rows are one epoch."""
+    model, data = unusable_rows(tmp_path)
+    size = ("--max-steps", "10", "--ckpt.interval", "4", "--data.batch-size", "20", "--trainer.threads", "1")
+    names = ("--model.name", model, "--data.name", data, "--launch.max-restarts", "0")
+    strict = (*EXAMPLE, *size, *names, "--output-dir")
+    said = run("sft", *strict, tmp_path / "refused", code=2)
+    assert "3 of 200 rows cannot be trained, more than data.max_skipped 0.01 allows" in said
+    for line, reason in ((31, "half a character"), (100, "max_length 2048 cuts"), (151, "no critic")):
+        assert f"line {line}: " in said
+        assert reason in said
+    assert not (tmp_path / "refused").exists()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = (*strict[:-1], "--data.max-skipped", "0.02", "--output-dir")
+    said = run("sft", *command, whole)
+    assert said.count(": the row is skipped") == 3
+    assert "of the first 200 rows 3 are skipped (" in said
+    assert next(whole.glob("attempts/*/trainer*.log")).read_text().count(": the row is skipped") == 3
+    run("sft", *command, killed, code=1, RATCHET_CRASH_AT="checkpoint.before_rename:2")
+    assert "Continuing at step 4" in run("sft", *command, killed)
+    assert run_digest(killed) == run_digest(whole)
+    assert rows(killed) == rows(whole)
+    assert sum(row.get("data/skipped", 0) for row in rows(killed)) == 3
+    assert sum(row["samples"] for row in rows(killed)) == 197
+    assert rows(killed)[-1]["progress/total_samples"] == 200
+    audited = run("ckpt", "audit", killed)
+    assert "200 rows: each 1 times; 200 consumed, 3 of them skipped, epoch 1.00" in audited
+    assert "clean" in audited
+    assert "10 rows and 3 checkpoints compared, 0 different" in run("trainer", "--replay", killed)
 
 
 @pytest.mark.campaign

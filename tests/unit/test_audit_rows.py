@@ -130,6 +130,40 @@ def test_what_an_older_version_trained_in_batches_of_several_sizes_is_not_counte
     assert [f"up to step {since} an older version" in note for note in notes] == ([] if is_known else [True])
 
 
+def skipping(step):
+    """Two rows of the third step were skipped."""
+    total = {"progress/total_skipped": 2} if step >= 3 else {}
+    return row(step) | total | ({"samples": 6, "data/skipped": 2} if step == 3 else {})
+
+
+def test_rows_that_were_skipped_are_consumed_too(make):
+    paths = make({4: META}, total_skipped=2)
+    edit(paths, *map(skipping, range(1, 6)))
+    report, problems, _ = reconcile(paths)
+    problems = [problem for problem in problems if "that checkpoints/step_4 was saved with" not in problem[1]]
+    assert problems == []
+    assert (report.trained, report.skipped) == (56, 2)
+
+
+@pytest.mark.parametrize(
+    ("stated", "change", "says"),
+    [
+        (1, {}, "checkpoints/step_4 states total_skipped 1, the rows add up to 2."),
+        (
+            2,
+            {"data/skipped": 1},
+            "the row of step 3 states total_samples 24, the rows add up to 23; so 2 more.",
+        ),
+        (2, {"progress/total_skipped": 3}, "the row of step 3 states total_skipped 3, the rows add up to 2."),
+    ],
+)
+def test_a_count_of_skipped_rows_that_does_not_reconcile_is_a_finding(make, stated, change, says):
+    paths = make({4: META}, total_skipped=stated)
+    edit(paths, *(skipping(step) | (change if step == 3 else {}) for step in range(1, 6)))
+    _, problems, _ = reconcile(paths)
+    assert says in [detail for _, detail in problems]
+
+
 EDITS = [
     (
         "a count of one row",

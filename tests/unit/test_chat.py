@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ratchet.chat import Chat
+from ratchet.chat import Chat, UnusableMessages
 from ratchet.errors import Refusal
 
 MODEL = "examples/reverse_text/model"
@@ -82,6 +82,29 @@ def test_a_prompt_does_not_depend_on_the_day(tmp_path):
     looks_first = "{% if strftime_now is defined %}" + says_today + "{% else %}26 jul{% endif %}"
     chat = with_template(tmp_path / "b", looks_first)
     assert show(chat, chat.render(TALK)) == "26 jul"
+
+
+HALF = [{"role": "user", "content": "bad \ud83d emoji"}, TALK[1]]
+POWERLINE = [{"role": "user", "content": "the branch \ue0a0 main"}, TALK[1]]
+
+
+def test_messages_that_have_no_tokens_or_no_marks_are_unusable_and_no_traceback(chat, tmp_path):
+    for use in (chat.render, chat.render_training):
+        with pytest.raises(UnusableMessages, match="half a character"):
+            use(HALF)
+    with pytest.raises(UnusableMessages, match=r"U\+E0A0"):
+        chat.render_training(POWERLINE)
+    assert chat.render(POWERLINE)
+    searches = with_template(tmp_path, "{{ messages[0].content.index('!') }}")
+    with pytest.raises(UnusableMessages, match="refuses these messages: substring not found"):
+        searches.render_training(TALK)
+
+
+def test_a_demonstration_whose_answers_cannot_be_told_apart_is_unusable(tmp_path):
+    """As templates do that drop what was thought in earlier turns."""
+    chat = with_template(tmp_path, "{% for m in messages %}{{ m.content if loop.last }}{% endfor %}")
+    with pytest.raises(UnusableMessages, match=r"rewrites earlier turns.* add {% generation %} blocks"):
+        chat.render_training([*TALK, *TALK])
 
 
 def test_missing_files_are_named(tmp_path):

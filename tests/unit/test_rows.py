@@ -3,12 +3,14 @@
 import json
 from itertools import chain
 
+import msgspec
 import pytest
 
-from ratchet import audit_rows
+from ratchet import audit_rows, metrics
 from ratchet.attempts import Assignment, Plan
 from ratchet.config import SFTConfig
 from ratchet.paths import RunPaths
+from ratchet.records import Progress
 from ratchet.rng import derive, permutation
 from ratchet.stage import Stage
 from ratchet.trainer.loop import Trainer
@@ -41,14 +43,18 @@ def paths(tmp_path):
 def attempt(world, tmp_path, paths):
     """Start the trainer of an attempt as its program does, without a launcher."""
     data = tmp_path / "rows.jsonl"
-    data.write_text(
-        "".join(json.dumps({"prompt": f"{i:03d}", "completion": "x"}) + "\n" for i in range(ROWS))
-    )
+
+    def write(long):
+        """The prompts of so many of the rows are long."""
+        prompts = [f"{i:03d}" + "a" * 20 * (i < long) for i in range(ROWS)]
+        data.write_text("".join(json.dumps({"prompt": p, "completion": "x"}) + "\n" for p in prompts))
+
     for directory in (paths.staging, paths.checkpoints, paths.weights, paths.metrics, paths.timelines):
         directory.mkdir(parents=True)
     paths.metric("trainer").touch()
 
-    def run(number, start, steps, **settings):
+    def run(number, start, steps, long=0, **settings):
+        write(long)
         config = SFTConfig.model_validate(
             {
                 "model": MODEL,
@@ -83,6 +89,34 @@ def test_another_batch_size_on_resume_neither_skips_nor_repeats_rows(attempt, tr
     trained.clear()
     attempt(4, 0, 1, batch_size=ROWS)  # what nobody resumed
     assert trained == [epoch]
+
+
+def test_skipped_rows_are_consumed_whatever_the_batch_size_is_from_a_resume_on(attempt, trained, paths):
+    """The prompts of rows 0 to 4 have 23 tokens: cut to 9, no answer is left. An epoch trains the other 95."""
+    allowed = {"max_length": 9, "max_skipped": 0.05}
+    attempt(1, 0, 3, batch_size=8, long=5, **allowed)
+    attempt(2, 3, 6, batch_size=16, long=5, **allowed)
+    attempt(3, 6, 7, batch_size=28, long=5, **allowed)
+    epoch = list(chain(*trained))
+    assert len(epoch) == len(set(epoch)) == 95
+    written = metrics.read(paths.metric("trainer"))
+    assert [row["samples"] + row.get("data/skipped", 0) for row in written] == [8, 8, 8, 16, 16, 16, 28]
+    report, problems, notes = audit_rows.reconcile(paths)
+    assert (problems, notes) == ([], [])
+    assert str(report) == "100 rows: each 1 times; 100 consumed, 5 of them skipped, epoch 1.00"
+    trained.clear()
+    attempt(4, 0, 1, batch_size=ROWS, long=5, **allowed)
+    assert trained == [epoch]
+
+
+def test_a_checkpoint_of_a_version_that_skipped_nothing_continues(attempt, trained, paths):
+    attempt(1, 0, 2, batch_size=8)
+    progress = paths.checkpoint(2) / audit_rows.PROGRESS
+    stated = json.loads(progress.read_bytes())
+    assert stated.pop("total_skipped") == 0
+    assert msgspec.json.decode(json.dumps(stated), type=Progress) == Progress(
+        step=2, total_samples=16, total_tokens=stated["total_tokens"]
+    )
 
 
 def test_the_order_is_that_of_the_seed_and_of_the_epoch(attempt, trained):

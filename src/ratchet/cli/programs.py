@@ -71,11 +71,13 @@ def _sft(begun: Begun | None) -> int:
 def check_sft(config: SFTConfig, seen: Seen) -> None:
     """Refuse input that no SFT run could use, and see what it is. Raises: Refusal"""
     from ratchet.chat import Chat
+    from ratchet.models.limits import limits_of
     from ratchet.trainer.sft_data import check_data, data_inputs
 
     _check_model(config, seen)
     seen.add(data_inputs(config.data))
-    check_data(config.data, Chat.load(config.model.tokenizer or config.model.name))
+    chat = Chat.load(config.model.tokenizer or config.model.name)
+    check_data(config.data, chat, config.seed, limits_of(config.model))
 
 
 def _check_model(config: RunConfig, seen: Seen) -> None:

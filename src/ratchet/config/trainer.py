@@ -128,14 +128,18 @@ class RLTrainerConfig(TrainerConfig):
 
 
 class DataConfig(BaseConfig):
-    """SFT data: rows of `messages`, or of `prompt` and `completion`."""
+    """SFT data: rows of `messages`, of `prompt` and `completion`, of Alpaca's columns or of ShareGPT's."""
 
     name: Free[str]
-    """A .jsonl or .parquet file, or the hub name of a dataset. Its content must stay, wherever it lies."""
+    """A .jsonl, .json (each also as .gz) or .parquet file, or the hub name of a dataset. Its content must stay,
+    wherever it lies."""
     split: Fixed[str] = "train"
     """The split of a hub dataset."""
     batch_size: Announced[Positive] = 64
     """Samples of one step."""
     max_length: Announced[Positive] = 2048
     """Longer samples are cut at this many tokens."""
+    max_skipped: Announced[float] = Field(default=0.01, ge=0, le=1)
+    """Rows that cannot be trained are skipped and counted: the chat template refuses them, the answer is cut away, the
+    model lacks a token. More than this share of the rows consumed so far (at first, of 512 or all) ends the run."""
     shuffle: Fixed[bool] = True

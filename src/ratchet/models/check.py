@@ -63,7 +63,7 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
     Raises: Refusal with the remedy, also if the weights are quantised where only vLLM could use them.
     """
     directory = hub.snapshot(model.name, ["config.json"])
-    if not may_be_quantised and _read_config(directory).get("quantization_config"):
+    if not may_be_quantised and read_config(directory).get("quantization_config"):
         raise Refusal(
             f"{model.name} holds quantised weights, which can be served by vLLM but not trained: give the model "
             "that they were made from."
@@ -77,7 +77,7 @@ def check_model(model: ModelConfig, *, may_be_quantised: bool = False) -> None:
 def check_served(model: ModelConfig) -> None:
     """Raises: Refusal for a model of which it is certain that the embedded engine, once it has it, will refuse it."""
     directory = hub.snapshot(model.name, ["config.json"])
-    config = _read_config(directory)
+    config = read_config(directory)
     config = config.get("text_config") or config
     layers = set(config.get("layer_types") or [])
     if config.get("model_type") in _STATEFUL or layers & _STATES:
@@ -90,8 +90,8 @@ def unserved(name: str, reason: str) -> str:
     return f'The embedded engine cannot serve {name} ({reason}): set inference.engine = "vllm".'
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """Raises: Refusal"""
+def read_config(directory: Path) -> dict[str, Any]:
+    """What a model directory states of its model. Raises: Refusal"""
     path = directory / "config.json"
     try:
         found = json.loads(path.read_text())

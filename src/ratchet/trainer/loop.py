@@ -19,6 +19,7 @@ from ratchet.inputs.tree import Tree
 from ratchet.log import LOGGER
 from ratchet.mirror.upload import Uploader
 from ratchet.models.check_policy import check_policy
+from ratchet.models.limits import limits_of
 from ratchet.models.trainable import build_frame, build_trainable
 from ratchet.paths import RunPaths
 from ratchet.records import Progress
@@ -39,10 +40,13 @@ def inputs_of(config: SFTConfig | RLConfig) -> Tree:
     return found | (data_inputs(config.data) if isinstance(config, SFTConfig) else {})
 
 
-def open_source(config: SFTConfig | RLConfig, paths: RunPaths, is_stopping: Callable[[], bool]) -> Source:
+def open_source(
+    config: SFTConfig | RLConfig, paths: RunPaths, is_stopping: Callable[[], bool], *, is_heard: bool = True
+) -> Source:
     """Demonstrations or the batch log, by the kind of the run."""
     if isinstance(config, SFTConfig):
-        return SFTSource(config.data, Chat.load(config.model.tokenizer or config.model.name), config.seed)
+        chat = Chat.load(config.model.tokenizer or config.model.name)
+        return SFTSource(config.data, chat, config.seed, limits_of(config.model), is_heard=is_heard)
     return LogSource(paths, is_stopping)
 
 
@@ -76,7 +80,9 @@ class Trainer:
         self._publisher = Publisher(assignment, world, self._timeline)
         self._begun: Begun | None = None
         self._read_at = 0.0
-        self._source = open_source(self._config, assignment.paths, self._is_interrupted)
+        self._source = open_source(
+            self._config, assignment.paths, self._is_interrupted, is_heard=world.is_first
+        )
         self._checkpointer = Checkpointer(
             assignment,
             world,

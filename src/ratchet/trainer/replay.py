@@ -115,7 +115,7 @@ class Replay:
         self.verified |= {n: v for n, v in history.said(self._inputs).items() if n == WEIGHTS}
         self._updater = open_updater(model, config, self._world)
         self._state = TrainerState(model, self._updater.optimizer, Progress(), base)
-        self._source = open_source(config, self._paths, lambda: False)
+        self._source = open_source(config, self._paths, lambda: False, is_heard=False)
 
     def _verify(self, found: Tree) -> None:
         """Raises: InputChanged if what is trained with is not what this run was trained with"""

@@ -21,8 +21,10 @@ def exact_row(
         "tokens": batch.tokens,
         "tokens/trained": batch.trained_tokens,
         "samples": len(batch.examples),
+        **({"data/skipped": batch.skipped} if batch.skipped else {}),
         **batch.metrics,
         "progress/total_samples": progress.total_samples,
+        **({"progress/total_skipped": progress.total_skipped} if progress.total_skipped else {}),
         "progress/total_tokens": progress.total_tokens,
     }
     if isinstance(config, RLConfig):
@@ -31,8 +33,9 @@ def exact_row(
 
 
 def advance(progress: Progress, batch: Batch) -> None:
-    """Count a batch that was trained on."""
+    """Count a batch that was trained on, and what was consumed with it."""
     progress.step += 1
-    progress.total_samples += len(batch.examples)
+    progress.total_samples += batch.consumed
+    progress.total_skipped += batch.skipped
     progress.total_tokens += batch.tokens
     progress.total_problems += batch.problems

@@ -1,177 +1,205 @@
-"""Demonstrations: rows of `messages`, or of `prompt` and `completion`, from JSONL, Parquet or the hub.
+"""Demonstrations: the next rows of the shuffled epochs, rendered; rows that cannot be trained are skipped, and counted.
 
-Order = f(seed, epoch, index): the whole state of the data is how many rows were trained. Needs no torch.
+Order = f(seed, epoch, index): the whole state of the data is how many rows were consumed. A row that is skipped is
+consumed as well, and its batch is smaller by it. Needs no torch.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections import Counter
+from dataclasses import dataclass
 
-from ratchet import durable, hub
-from ratchet.chat import Chat, Message
+from ratchet import durable
+from ratchet.chat import Chat, UnusableMessages
 from ratchet.config import DataConfig
 from ratchet.errors import Refusal
 from ratchet.inputs import files
 from ratchet.inputs.tree import Tree
+from ratchet.log import LOGGER
+from ratchet.models.limits import Limits
 from ratchet.records import Progress
 from ratchet.rng import EpochOrder, derive
 from ratchet.trainer.packing import Example
+from ratchet.trainer.sft_files import Rows, is_file, load_rows, with_progress
+from ratchet.trainer.sft_shapes import ALPACA, MESSAGES, PAIR, SHAREGPT, messages_of, shape_of
 from ratchet.trainer.source import Batch
 
-Row = dict[str, Any]
 TOKENS_KEPT = 2**20
 """Of rows that were rendered, for later epochs: about fifty megabytes in each rank."""
+FIRST_ROWS = 512
+"""In the order of training: rendered before anything starts, and of so many at least `data.max_skipped` is a share."""
+_NAMED = 5
+"""Rows that are skipped and named one by one, in the log and in a refusal."""
+_MAPPED = {
+    ALPACA: "instruction and input are what the user says, output is the answer",
+    SHAREGPT: "human is the user, gpt the assistant",
+}
 
 
 def data_inputs(data: DataConfig) -> Tree:
     """What the data is: the bytes of a file, or the rows of a data set of the hub. Raises: Refusal"""
-    if Path(data.name).is_file() or hub.is_local(data.name):
+    if is_file(data.name):
         return files.of_data(data.name)
-    rows = durable.hash_bytes(b"".join(durable.hash_bytes(_as_json(row)).encode() for row in load_rows(data)))
+    every = load_rows(data).rows
+    rows = durable.hash_bytes(b"".join(durable.hash_bytes(_as_json(row)).encode() for row in every))
     return {"data": {"rows": rows}}
 
 
-def _as_json(row: Row) -> bytes:
+def _as_json(row: object) -> bytes:
     return json.dumps(row, sort_keys=True, default=repr).encode()
 
 
-def check_data(data: DataConfig, chat: Chat) -> None:
-    """Load the data, from the hub too, and see that its first row can be learnt.
+def check_data(data: DataConfig, chat: Chat, seed: int = 0, limits: Limits | None = None) -> None:
+    """Load the data, see that each row is well-formed, and that the first ones can be trained.
 
-    Raises: Refusal naming file and line if any local row is malformed.
+    Raises: Refusal naming file and line if any row is malformed, or too many of the first cannot be trained.
     """
     rows = load_rows(data)
-    ids, mask = chat.render_training(messages_of(rows[0], f"{data.name}, row 1"))
-    if not any(mask[1:]):
-        raise Refusal(
-            f"{data.name}, row 1 has no token to learn from ({len(ids)} tokens, none of the assistant's)."
-        )
+    shapes = set()
+    for index, row in enumerate(with_progress(rows.rows, len(rows), f"checking {data.name}")):
+        place = rows.place(index)
+        shapes.add(shape_of(row, place))
+        messages_of(row, place)
+    for shape in sorted(shapes - {MESSAGES, PAIR}):
+        LOGGER.info("%s has %s: %s.", data.name, shape, _MAPPED[shape])
+    SFTSource(data, chat, seed, limits, rows=rows, is_heard=False).look_ahead()
 
 
-def load_rows(data: DataConfig) -> Sequence[Row]:
-    """All rows, each checked. Raises: Refusal with file and line."""
-    path = Path(data.name)
-    if path.suffix == ".jsonl":
-        rows: Sequence[Row] = list(_read_jsonl(path))
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif hub.is_local(data.name):
-        raise Refusal(f"{path} is not a .jsonl or .parquet file or a hub name: check data.name.")
-    else:
-        return _read_hub(data)
-    if not rows:
-        raise Refusal(f"{path} has no rows.")
-    return rows
+@dataclass(frozen=True)
+class Unusable:
+    """A row that cannot be trained."""
 
+    place: str
+    reason: str
 
-def _open_refusal(path: Path, error: Exception) -> Refusal:
-    return Refusal(f"The data file {path} cannot be read ({error}): check data.name.")
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _open_refusal(path, error) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise Refusal(f"{where} is not valid JSON: {error}.") from None
-        messages_of(row, where)
-        yield row
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise _open_refusal(path, error) from None
-    for number, row in enumerate(rows, start=1):
-        messages_of(row, f"{path}, row {number}")
-    return rows
-
-
-def _read_hub(data: DataConfig) -> Sequence[Row]:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(data.name, split=data.split)  # pyright: ignore[reportReturnType]
-    except Exception as error:  # the library raises many kinds for a name that does not exist
-        raise Refusal(f"The data set {data.name} ({data.split}) cannot be loaded: {error}.") from None
-
-
-def messages_of(row: Any, where: str) -> list[Message]:
-    """The conversation of one row. Raises: Refusal saying where and what is wrong."""
-    if not isinstance(row, dict):
-        raise Refusal(f"{where} is not an object with `messages`, or `prompt` and `completion`.")
-    if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row and "completion" in row:
-        messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
-    else:
-        raise Refusal(
-            f"{where} has neither `messages` nor `prompt` and `completion`; it has {sorted(map(str, row))}."
-        )
-    is_sound = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not is_sound:
-        raise Refusal(f"{where}: every message needs a `role` and a `content`, both text.")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise Refusal(f"{where} has no assistant message, so there is nothing to learn from it.")
-    return messages
-
-
-def _as_messages(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value or []
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
 class SFTSource:
     """SFT: a batch = the next rows of the shuffled epochs, whatever the size of those before it was."""
 
-    def __init__(self, data: DataConfig, chat: Chat, seed: int) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        chat: Chat,
+        seed: int,
+        limits: Limits | None = None,
+        *,
+        rows: Rows | None = None,
+        is_heard: bool = True,
+    ) -> None:
+        """`is_heard`: whether what is skipped is said in the log; of several ranks one says it."""
         self._data = data
         self._chat = chat
-        self._rows = load_rows(data)
+        self._limits = limits or Limits()
+        self._rows = rows or load_rows(data)
         self.data_rows = len(self._rows)
         self._order = EpochOrder(derive(seed, "data"), self.data_rows)
         self._rendered: dict[int, Example] = {}
         self._room = TOKENS_KEPT
+        self._unusable: dict[int, Unusable] = {}
+        self._is_heard = is_heard
 
     def wait(self, step: int) -> bool:
         """Demonstrations are always there."""
         return True
 
     def read(self, done: Progress) -> Batch:
-        """Raises: Refusal if no token of the batch can be learnt."""
-        first = done.total_samples
-        batch = Batch([self._example(first + i) for i in range(self._data.batch_size)])
-        if not batch.trained_tokens:
-            raise Refusal(
-                f"Batch {done.step} has no token to learn from: data.max_length {self._data.max_length} cuts every "
-                "answer away, or the chat template marks none."
-            )
-        return batch
+        """The next `batch_size` rows, less those that are skipped; as many more where all of them are.
 
-    def _example(self, draw: int) -> Example:
+        Raises: Refusal if more were skipped than `data.max_skipped` allows, or no row of the data can be trained.
+        """
+        examples: list[Example] = []
+        read = 0
+        while not examples and read < self.data_rows:
+            first = done.total_samples + read
+            examples += self._examples(first, self._data.batch_size)
+            read += self._data.batch_size
+            self._check(done.total_skipped + read - len(examples), done.total_samples + read)
+        if not examples:
+            raise self._refusal(f"none of the {self.data_rows} rows can be trained")
+        return Batch(examples, skipped=read - len(examples))
+
+    def look_ahead(self) -> None:
+        """Render the first rows in the order of training, and say what is skipped. Raises: Refusal as `read` would"""
+        ahead = min(FIRST_ROWS, self.data_rows)
+        usable = len(self._examples(0, ahead))
+        if usable == 0 and ahead == self.data_rows:
+            raise self._refusal(f"none of the {self.data_rows} rows can be trained")
+        self._check(ahead - usable, ahead)
+        for unusable in list(self._unusable.values())[:_NAMED]:
+            LOGGER.warning("%s: the row is skipped", unusable)
+        if self._unusable:
+            LOGGER.warning("%s: of the first %d rows %s", self._data.name, ahead, self._counted())
+
+    def _examples(self, first: int, count: int) -> list[Example]:
+        drawn = (self._example(first + i) for i in range(count))
+        return [example for example in drawn if example is not None]
+
+    def _check(self, skipped: int, consumed: int) -> None:
+        share, rows = self._data.max_skipped, max(consumed, min(self.data_rows, FIRST_ROWS))
+        if skipped <= math.floor(share * rows + 1e-9):
+            return
+        enough = math.ceil(100 * skipped / rows - 1e-9) / 100
+        raise self._refusal(
+            f"{skipped} of {rows} rows cannot be trained, more than data.max_skipped {share:g} allows",
+            f", or set data.max_skipped to {enough:g} to do without them",
+        )
+
+    def _refusal(self, what: str, otherwise: str = "") -> Refusal:
+        named = [str(unusable) for _, unusable in sorted(self._unusable.items())]
+        named = [name.removeprefix(f"{self._data.name}, ") for name in named]
+        if len(named) > _NAMED:
+            named[_NAMED:] = [f"and {len(named) - _NAMED} more"]
+        listed = f" ({'; '.join(named)})" if named else ""  # after a resume, those before it are not known
+        return Refusal(f"{self._data.name}: {what}{listed}. Correct them{otherwise}.")
+
+    def _example(self, draw: int) -> Example | None:
+        """Of a row that cannot be trained, nothing."""
         index = self._order.row(draw) if self._data.shuffle else draw % self.data_rows
         if (known := self._rendered.get(index)) is not None:
             return known
-        example = self._render(index)
+        if index in self._unusable:
+            return None
+        try:
+            example = self._render(index)
+        except UnusableMessages as error:
+            self._skip(index, str(error))
+            return None
         if len(example.token_ids) <= self._room:
             self._rendered[index] = example
             self._room -= len(example.token_ids)
         return example
 
     def _render(self, index: int) -> Example:
-        messages = messages_of(self._rows[index], f"{self._data.name}, row {index + 1}")
+        """Raises: UnusableMessages if the row cannot be trained."""
+        messages = messages_of(self._rows.rows[index], self._rows.place(index))
         ids, mask = self._chat.render_training(messages)
-        return Example(ids[: self._data.max_length], mask[: self._data.max_length])
+        most = self._data.max_length
+        example = Example(ids[:most], mask[:most])
+        if not any(mask[1:]):
+            raise UnusableMessages("no token to learn: the chat template marks none as the assistant's")
+        if not example.trained_tokens:
+            raise UnusableMessages(f"no token to learn: data.max_length {most} cuts the answer away")
+        self._limits.check(example.token_ids)
+        return example
+
+    def _skip(self, index: int, reason: str) -> None:
+        # A template may quote a text that no terminal can show.
+        shown = reason.encode(errors="backslashreplace").decode().rstrip(".")[:300]
+        self._unusable[index] = unusable = Unusable(self._rows.place(index), shown)
+        if not self._is_heard:
+            return
+        count = len(self._unusable)
+        if count <= _NAMED:
+            LOGGER.warning("%s: the row is skipped", unusable)
+        elif count & (count - 1) == 0:  # 8, 16, 32, ...
+            LOGGER.warning("%s: so far %s", self._data.name, self._counted())
+
+    def _counted(self) -> str:
+        """How many rows are skipped, and why."""
+        reasons = Counter(unusable.reason for unusable in self._unusable.values()).most_common()
+        said = "; ".join(f"{count} of {reason}" for reason, count in reasons[:_NAMED])
+        others = sum(count for _, count in reasons[_NAMED:])
+        return f"{len(self._unusable)} are skipped ({said}{f'; {others} of others' if others else ''})"

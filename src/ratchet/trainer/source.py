@@ -23,6 +23,12 @@ class Batch:
     oldest_served: int | None = None
     """The oldest policy that a server may still hold; weights below it may go."""
     metrics: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    """Rows of demonstrations that were consumed with it and cannot be trained."""
+
+    @property
+    def consumed(self) -> int:
+        return len(self.examples) + self.skipped
 
     @property
     def tokens(self) -> int:
