@@ -19,6 +19,8 @@ FIRST_LETTER, LETTERS = 8, 26
 
 
 class FakeInference:
+    rejection = "temperature must be 7"
+
     def __init__(self):
         self.version = "default"
         self.is_paused = False
@@ -29,6 +31,8 @@ class FakeInference:
         self.abort_every = 0
         self.restart_at: set[int] = set()
         self.refuses = ""
+        self.rejects = 0
+        """The status with which everything that is to be sampled is refused."""
         self.path = ""
         self.knows_paths = True
         """Otherwise it is one from before there was a choice of directories."""
@@ -156,6 +160,8 @@ class FakeInference:
         body = await request.json()
         assert not {"top_p", "top_k"} & set(body["sampling_params"])
         self.asked_alone += 1
+        if self.rejects:
+            return web.json_response({"error": {"message": self.rejection}}, status=self.rejects)
         sampled = await self.sample(body["token_ids"], body["sampling_params"], request)
         if sampled is None:
             return web.Response()
@@ -174,6 +180,10 @@ class FakeInference:
         tasks: dict[int, asyncio.Task] = {}
 
         async def play(ask):
+            if self.rejects:
+                failure = lane.Failure(ask.id, self.rejects, self.rejection)
+                await socket.send_bytes(lane.encode([failure]))
+                return
             sampling = {name: getattr(ask, name) for name in ("seed", "temperature", "max_tokens")}
             if (sampled := await self.sample(ask.token_ids, sampling, request)) is not None:
                 token_ids, logprobs, version, reason = sampled

@@ -11,7 +11,21 @@ SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 
 LAYERS = [
     {"records", "errors", "hardware", "paths", "rng"},
-    {"config", "config_io", "durable", "heartbeat", "hub", "lane", "log", "nursery", "process", "stage"},
+    {
+        *(
+            "address",
+            "config",
+            "config_io",
+            "durable",
+            "heartbeat",
+            "hub",
+            "lane",
+            "log",
+            "nursery",
+            "process",
+        ),
+        "stage",
+    },
     {
         "attempts",
         "audit",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from ratchet import log, process
+from ratchet import address, log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
@@ -110,7 +110,9 @@ def check_rl(config: RLConfig, *, is_alone: bool = False) -> Fingerprints:
     check_memory(config)
     if config.inference is None:
         probe(config)
-    elif config.inference.engine == "vllm":
+        return found
+    address.listen(config.inference.host, 0).close()
+    if config.inference.engine == "vllm":
         command.check(config)
     return found
 
@@ -142,7 +144,9 @@ def _trainer(begun: Begun | None) -> int:
 def check_trainer(config: RLConfig) -> Fingerprints:
     """Refuse what no trainer of an RL run could use; returns what it is. Raises: Refusal"""
     from ratchet.models.check import check_model
+    from ratchet.orchestrator.check import check_temperatures
 
+    check_temperatures(config)
     check_memory(config)
     return {"model": check_model(config.model)}
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from ratchet.config import LOWEST_TEMPERATURE, is_temperature
 from ratchet.errors import Refusal
 
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0)]
 TokenIds = list[Annotated[int, Meta(ge=0)]]
-LOWEST_TEMPERATURE = 1e-3
 
 # Options of the protocol that do not exist here, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
@@ -126,8 +126,8 @@ def sampling_params(**given: Any) -> SamplingParams:
 
 def _check(options: Options) -> None:
     temperature = options.temperature
-    if temperature is not None and 0 < temperature < LOWEST_TEMPERATURE:
-        raise Refusal(f"temperature must be 0 or at least {LOWEST_TEMPERATURE}; {temperature} was given.")
+    if temperature is not None and not is_temperature(temperature):
+        raise Refusal(f"temperature must be 0 or at least {LOWEST_TEMPERATURE:g}; {temperature:g} was given.")
     if isinstance(options, SamplingParams | CompletionRequest) and options.logprobs not in (None, 0):
         raise Refusal(
             f"logprobs = {options.logprobs} is not supported by this engine: 0 gives those of the sampled tokens."
