@@ -1,6 +1,7 @@
 """Where a server listens: a host of either family, and the URL of what listens there."""
 
 import errno
+import os
 import socket
 
 from ratchet.errors import Refusal
@@ -20,13 +21,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise Refusal(_cannot(host, port, error)) from None
 
 
-def _cannot(host: str, port: int, error: Exception) -> str:
-    why = getattr(error, "strerror", None) or str(error)
-    if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+def _cannot(host: str, port: int, error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        why = "no host can have this name"
+    else:
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
         remedy = "choose another --inference.port, 0 for a free one, or stop what uses it"
     else:
         remedy = "name an address of this machine with --inference.host: 127.0.0.1, ::1, or 0.0.0.0 for all"
-    return f"{_pair(host, port)} cannot be served on ({why}): {remedy}."
+    return f"{_pair(host, port) if port else host} cannot be served on ({why}): {remedy}."
 
 
 def url(listener: socket.socket, everywhere: str | None = None) -> str:

@@ -28,7 +28,12 @@ def model(tmp_path_factory):
 def server(model):
     server = Server(command(Torch(), 0, model), model.parent / "server.log")
     yield server
-    assert server.stop() == 0, server.log.read_text()
+    half = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(half.encode())
+        time.sleep(0.2)
+        assert server.stop() == 0, server.log.read_text()
+        assert connection.recv(12) == b"HTTP/1.1 503"
     assert "Traceback" not in server.log.read_text()
 
 

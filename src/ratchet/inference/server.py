@@ -3,6 +3,7 @@
 client ── HTTP ──► event loop ── queue ──► worker thread (the engine)
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +17,16 @@ from starlette.websockets import WebSocket
 from ratchet.errors import RatchetError, Refusal
 from ratchet.inference import completions, lane, updates, wire
 from ratchet.inference.adoption import OutOfSequence, Unseen
-from ratchet.inference.service import Broken, ClientGone, NotServed, Service, TooLarge, Unavailable, as_json
+from ratchet.inference.service import (
+    STOPPING,
+    Broken,
+    ClientGone,
+    NotServed,
+    Service,
+    TooLarge,
+    Unavailable,
+    as_json,
+)
 from ratchet.inference.worker import Interrupted
 from ratchet.lane import PATH as LANE
 
@@ -86,6 +96,10 @@ def application(service: Service) -> Starlette:
                 return await handler(service, request)
             except ClientGone:
                 return Response(status_code=499)
+            except asyncio.CancelledError:
+                if not service.stopping.is_set():
+                    raise
+                return _error(503, STOPPING, "Unavailable", "unavailable")  # it waited for the rest of a body
             except RatchetError as error:
                 for kind, status, code in _STATUS:
                     if isinstance(error, kind):

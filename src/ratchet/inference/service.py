@@ -29,6 +29,7 @@ T = TypeVar("T")
 _BODY_BYTES = 4 << 20
 _BODY_BYTES_A_TOKEN = 64
 _READERS = 2
+STOPPING = "The server is stopping."
 NOT_FINITE = "The weights yield logits that are not finite: nothing can be sampled from them."
 
 
@@ -153,7 +154,7 @@ class Service:
         Raises: Unavailable if the server stops; Broken if a logit is not finite; ClientGone.
         """
         if self.stopping.is_set():
-            raise Unavailable("The server is stopping.")
+            raise Unavailable(STOPPING)
         finished = asyncio.get_running_loop().create_future()
         missing = len(sequences)
 
@@ -177,7 +178,7 @@ class Service:
             if not finished.done():
                 self.worker.cancel(sequences)
         if not finished.done():
-            raise ClientGone if was_gone else Unavailable("The server is stopping.")
+            raise ClientGone if was_gone else Unavailable(STOPPING)
         if any(sequence.finish_reason == "error" for sequence in sequences):
             raise Broken(NOT_FINITE)
 

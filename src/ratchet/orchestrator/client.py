@@ -290,7 +290,7 @@ def foreign(url: str, path: str, said: str) -> str:
 def said_by(status: int, server: str | None, body: bytes) -> str:
     """An answer in so few words that a person recognises whose it is."""
     named = f" from {server[:_FIRST_BYTES]}" if server else ""
-    begins = body[:_FIRST_BYTES].decode(errors="replace")
+    begins = " ".join(body[:_FIRST_BYTES].decode(errors="replace").split())
     return f"status {status}{named}" + (f", beginning {begins!r}" if begins else "")
 
 
