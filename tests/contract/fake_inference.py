@@ -62,7 +62,7 @@ class FakeInference:
         self._thawed = asyncio.Event()
         self._thawed.set()
 
-    async def start(self, port=0):
+    async def start(self, port=0, host="127.0.0.1"):
         app = web.Application(client_max_size=1 << 26, middlewares=[self.scripted])
         app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
@@ -78,10 +78,10 @@ class FakeInference:
             app.router.add_post(name, self.nothing)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        site = web.TCPSite(self._runner, host, port)
         await site.start()
         self.port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     async def stop(self):
         await self._runner.cleanup()

@@ -9,6 +9,7 @@ import socket
 
 import msgspec
 import pytest
+from fake_inference import FakeInference
 from orchestrated import STEPS, Run, check_sample, complete, parts, settings
 
 from ratchet import attempts, batchlog, durable, journal
@@ -37,6 +38,20 @@ async def test_a_run_emits_its_batches_and_plays_its_evaluations(here, server):
     ]
     # Each policy once, in order: an evaluation waits for its own, training for the one that it needs.
     assert [int(name.split("/")[2]) for name in server.updates] == [0, 1, 2, 4]
+
+
+async def test_a_server_on_ipv6_is_reached_by_its_url(here, reference):
+    other = FakeInference()
+    try:
+        await other.start(host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert other.url == f"http://[::1]:{other.port}"
+    try:
+        run = await complete(settings(here / "run", deterministic=True), other)
+    finally:
+        await other.stop()
+    assert parts(run) == reference
 
 
 async def test_torn_late_and_aborted_answers_change_nothing(here, server, reference):
