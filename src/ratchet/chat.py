@@ -5,6 +5,7 @@ Needs the `tokenizers` library and jinja only, so that the orchestrator and the 
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,22 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _OPEN, _CLOSE, _CONTENT = "\ue0a0", "\ue0a1", "\ue0a2"
 # What templates call for today's date. It is not there: templates that look first have a date of their own.
 _CLOCK = "strftime_now"
+_LONG_TEXT = 50_000
+_NO_TEXT = "\ufffd"
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes: those that print as themselves, the others from U+0100 on.
+
+    Source: bytes_to_unicode of GPT-2's encoder.py
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(0x100) if byte not in printed)
+    return {chr(byte): byte for byte in printed} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _letters_of_bytes()
 
 
 class _Generation(jinja2.ext.Extension):
@@ -141,10 +158,16 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without adding any special token."""
-        return self._encoding(text).ids
+        return self._encoding(text, is_long=len(text) > _LONG_TEXT).ids
 
-    def _encoding(self, text: str) -> Encoding:
+    def _encoding(self, text: str, *, is_long: bool = False) -> Encoding:
+        """Of a long text by a call that lets other threads go on meanwhile: the same tokens, but not their offsets.
+
+        Raises: UnusableMessages
+        """
         try:
+            if is_long:
+                return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
             return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise UnusableMessages(
@@ -153,6 +176,17 @@ class Chat:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for, in bytes: also the part of a character that alone is no text."""
+        text = self.decode([token], skip_special_tokens=False)
+        if _NO_TEXT not in text:
+            return text.encode()
+        name = self._tokenizer.id_to_token(token) or ""
+        if (one_byte := _BYTE_FALLBACK.fullmatch(name)) is not None:
+            return bytes.fromhex(one_byte[1])
+        values = [_BYTE_OF.get(letter) for letter in name]
+        return text.encode() if None in values else bytes(value for value in values if value is not None)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """The tokens of a conversation, ready for the model to answer."""

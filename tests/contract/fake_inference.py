@@ -19,6 +19,8 @@ FIRST_LETTER, LETTERS = 8, 26
 
 
 class FakeInference:
+    rejection = "temperature must be 7"
+
     def __init__(self):
         self.version = "default"
         self.is_paused = False
@@ -29,6 +31,8 @@ class FakeInference:
         self.abort_every = 0
         self.restart_at: set[int] = set()
         self.refuses = ""
+        self.rejects = 0
+        """The status with which everything that is to be sampled is refused."""
         self.path = ""
         self.knows_paths = True
         """Otherwise it is one from before there was a choice of directories."""
@@ -58,7 +62,7 @@ class FakeInference:
         self._thawed = asyncio.Event()
         self._thawed.set()
 
-    async def start(self, port=0):
+    async def start(self, port=0, host="127.0.0.1"):
         app = web.Application(client_max_size=1 << 26, middlewares=[self.scripted])
         app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
@@ -74,10 +78,10 @@ class FakeInference:
             app.router.add_post(name, self.nothing)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        site = web.TCPSite(self._runner, host, port)
         await site.start()
         self.port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     async def stop(self):
         await self._runner.cleanup()
@@ -156,6 +160,8 @@ class FakeInference:
         body = await request.json()
         assert not {"top_p", "top_k"} & set(body["sampling_params"])
         self.asked_alone += 1
+        if self.rejects:
+            return web.json_response({"error": {"message": self.rejection}}, status=self.rejects)
         sampled = await self.sample(body["token_ids"], body["sampling_params"], request)
         if sampled is None:
             return web.Response()
@@ -174,6 +180,10 @@ class FakeInference:
         tasks: dict[int, asyncio.Task] = {}
 
         async def play(ask):
+            if self.rejects:
+                failure = lane.Failure(ask.id, self.rejects, self.rejection)
+                await socket.send_bytes(lane.encode([failure]))
+                return
             sampling = {name: getattr(ask, name) for name in ("seed", "temperature", "max_tokens")}
             if (sampled := await self.sample(ask.token_ids, sampling, request)) is not None:
                 token_ids, logprobs, version, reason = sampled

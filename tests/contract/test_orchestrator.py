@@ -9,9 +9,11 @@ import socket
 
 import msgspec
 import pytest
+from fake_inference import FakeInference
 from orchestrated import STEPS, Run, check_sample, complete, parts, settings
 
 from ratchet import attempts, batchlog, durable, journal
+from ratchet.launch.restarts import FINAL
 from ratchet.stage import Stage
 
 
@@ -36,6 +38,20 @@ async def test_a_run_emits_its_batches_and_plays_its_evaluations(here, server):
     ]
     # Each policy once, in order: an evaluation waits for its own, training for the one that it needs.
     assert [int(name.split("/")[2]) for name in server.updates] == [0, 1, 2, 4]
+
+
+async def test_a_server_on_ipv6_is_reached_by_its_url(here, reference):
+    other = FakeInference()
+    try:
+        await other.start(host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert other.url == f"http://[::1]:{other.port}"
+    try:
+        run = await complete(settings(here / "run", deterministic=True), other)
+    finally:
+        await other.stop()
+    assert parts(run) == reference
 
 
 async def test_torn_late_and_aborted_answers_change_nothing(here, server, reference):
@@ -234,6 +250,70 @@ async def test_further_turns_continue_the_tokens_of_the_turns_before(here, serve
         assert sample.token_ids[answers[1] - 1] == 4
         assert sample.metrics == {"turns": 2.0}
     assert run.rows("evals")[-1]["eval/Talk/turns"] == 2.0
+
+
+async def test_an_answer_gets_the_room_that_is_left_and_is_scored(here, server):
+    """The prompt "<|user|>task 3<|im_end|><|assistant|>" has 9 tokens, so of a limit of 13 an answer gets 4, not 7."""
+    server.max_model_len = 13
+    (here / "one_turn.py").write_text(ONE_TURN)
+    env = [{"id": "one_turn:One"}]
+    run = await complete(
+        settings(here / "run", deterministic=True, orchestrator={"env": env, "eval": None}), server
+    )
+    trained = [sample for step in range(STEPS) for sample in run.samples(step)]
+    assert len(trained) == STEPS * 12
+    assert {sum(s.mask) for s in trained} == {2, 3, 4}
+    assert {len(s.token_ids) for s in trained if s.finish_reason == "length"} == {13}
+    assert all(s.metrics == {"cut": float(s.finish_reason == "length")} for s in trained)
+    assert 0 < sum(s.metrics["cut"] for s in trained) < len(trained)
+    again = settings(here / "again", deterministic=True, orchestrator={"env": env, "eval": None})
+    assert parts(await complete(again, server)) == parts(run)
+
+
+ONE_TURN = """
+from ratchet.envs.base import Environment, Score, Task
+
+class One(Environment):
+    size = 8
+    def task(self, index, split):
+        return Task(str(index), index)
+    def messages(self, task):
+        return [{"role": "user", "content": f"task {task.data}"}]
+    def step(self, task, transcript):
+        return Score(len(transcript.completion) / 8, {"cut": transcript.finish_reason == "length"})
+"""
+
+
+async def test_without_room_for_one_token_the_run_ends_with_the_reason_and_the_remedy(here, server):
+    server.max_model_len = 9
+    env = [{"id": "my_env:Talk"}]
+    run = Run(settings(here / "run", orchestrator={"env": env, "eval": None}), server.url)
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == 1
+    assert "groups failed while batch 0 was made (too_long: " in said
+    assert "raise inference.max_model_len" in said
+    assert "in the orchestrator's log" not in said
+    assert server.generated == 0
+
+
+@pytest.mark.parametrize("has_lane", [True, False])
+@pytest.mark.parametrize(("status", "expected"), [(400, 2), (422, 2), (404, 1)])
+async def test_what_the_server_refuses_for_good_ends_the_orchestrator_for_good(
+    here, server, status, expected, has_lane
+):
+    """With an exit code that the launcher does not answer by starting it again; 404 may be another server by then."""
+    server.rejects = status
+    server.facts["lane"] = 1 if has_lane else None
+    run = Run(settings(here / "run", orchestrator={"eval": None}), server.url)
+    await run.start()
+    code, said = await run.wait()
+    await run.close()
+    assert code == expected
+    assert f"with {status}: temperature must be 7" in said
+    assert "Traceback" not in said
+    assert (code in FINAL) == (expected == 2)
 
 
 async def test_a_failed_rollout_is_counted_and_never_a_reward(here, server):

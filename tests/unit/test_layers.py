@@ -11,7 +11,21 @@ SOURCE = Path(__file__).parents[2] / "src" / "ratchet"
 
 LAYERS = [
     {"records", "errors", "hardware", "paths", "rng"},
-    {"config", "config_io", "durable", "heartbeat", "hub", "lane", "log", "nursery", "process", "stage"},
+    {
+        *(
+            "address",
+            "config",
+            "config_io",
+            "durable",
+            "heartbeat",
+            "hub",
+            "lane",
+            "log",
+            "nursery",
+            "process",
+        ),
+        "stage",
+    },
     {
         "attempts",
         "audit",
@@ -101,6 +115,6 @@ def test_what_runs_in_vllms_environment_needs_no_configuration():
     """That environment has vLLM's pins and not ours: no pydantic_config."""
     code = (
         "import sys\nsys.modules['pydantic_config'] = None\n"
-        "import ratchet.weights, ratchet.inference.adoption, ratchet.heartbeat, ratchet.process"
+        "import ratchet.address, ratchet.weights, ratchet.inference.adoption, ratchet.heartbeat, ratchet.process"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ import pytest
 
 from ratchet.config import EvalConfig, RLConfig
 from ratchet.errors import Refusal
+from ratchet.inference.wire import sampling_params
 from ratchet.inputs.seen import Seen
 from ratchet.inputs.tree import Inputs
 from ratchet.orchestrator.batches import credited, exact_row
@@ -55,15 +56,37 @@ def test_a_sound_configuration_passes(here):
 
 
 # "<|user|>a longer text<|im_end|><|assistant|>": 1 + 13 + 1 + 1 = 16 tokens.
-@pytest.mark.parametrize(("limit", "fits"), [(36, True), (35, False)])
-def test_the_longest_prompt_and_its_answer_must_fit_the_server(here, limit, fits):
+@pytest.mark.parametrize(("limit", "room"), [(36, 20), (35, 19), (17, 1), (16, 0)])
+def test_the_longest_prompt_must_leave_room_for_an_answer(here, caplog, limit, room):
     tried = config(inference={"max_model_len": limit}, orchestrator={"sampling": {"max_tokens": 20}})
-    if fits:
+    if room:
+        check(tried, Seen(Inputs()))
+        said = f"Task train/1 of environment reverse_text has a prompt of 16 tokens: an answer has room for {room} in"
+        assert (said in caplog.text) == (room < 20)
+    else:
+        with pytest.raises(Refusal, match=r"Task train/1 .* prompt of 16 tokens.*no room.*max_model_len 16"):
+            check(tried, Seen(Inputs()))
+
+
+# The longest prompt has the letters of "a longer text"; the highest token is that of "x".
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_position_embeddings": 16}, "no room for an answer in the model's max_position_embeddings 16"),
+        ({"max_position_embeddings": 17}, None),
+        ({"vocab_size": 31}, "has token 31 in its prompt, and the model knows 31: .* model.tokenizer"),
+        ({"vocab_size": 32}, None),
+    ],
+)
+def test_prompts_must_be_of_tokens_and_positions_that_the_model_knows(here, changes, sentence):
+    shutil.copytree(MODEL, here / "model")
+    stated = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps(stated | changes))
+    tried = config(inference={}, model={"name": str(here / "model")})
+    if sentence is None:
         check(tried, Seen(Inputs()))
     else:
-        with pytest.raises(
-            Refusal, match=r"Task train/1 .* prompt of 16 tokens.*max_tokens 20 .*max_model_len 35"
-        ):
+        with pytest.raises(Refusal, match=sentence):
             check(tried, Seen(Inputs()))
 
 
@@ -98,7 +121,11 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def answers():
     class Own(Server):
-        answers = {"/health": b""}
+        answers = {
+            "/health": b"",
+            "/v1/models": b'{"data": [{"id": "m"}]}',
+            "/weight_info": b'{"weight_version": "default"}',
+        }
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -120,6 +147,79 @@ def test_nobody_answering_is_refused_with_the_address_and_the_remedy(here):
         probe(probing(f"http://127.0.0.1:{port}"))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/weight_info", None, "/weight_info with status 404 from BaseHTTP"),
+        ("/weight_info", b"<html>Welcome", "/weight_info with status 200 .*beginning '<html>Welcome'"),
+        ("/weight_info", b"[" * 5000, "/weight_info with status 200"),
+        ("/v1/models", None, "/v1/models with status 404 from BaseHTTP"),
+        ("/v1/models", b'{"models": []}', r"""/v1/models with status 200 .*beginning '{"models": \[\]}'"""),
+    ],
+)
+def test_a_healthy_server_of_another_kind_is_refused_with_what_it_answers(here, answers, path, body, said):
+    answers[path] = body
+    with pytest.raises(Refusal, match=said) as refused:
+        probe(probing(answers["url"]))
+    assert "orchestrator.client.base_url" in str(refused.value)
+
+
+def test_a_server_that_knows_no_health_is_named_by_its_answer(here, answers, caplog):
+    del answers["/health"]
+    with pytest.raises(Refusal, match=r"/health answers with status 404 from BaseHTTP.*no inference server"):
+        probe(probing(answers["url"]))
+    assert "nobody answers" not in caplog.text
+    assert caplog.text.count("/health answers with status 404") == 1
+
+
+def test_what_answers_in_no_http_at_all_is_named_by_its_first_bytes(here):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet():
+            while True:
+                try:
+                    connection, _ = other.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                    connection.recv(4096)
+
+        threading.Thread(target=greet, daemon=True).start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(Refusal, match=r"/health answers with no HTTP \('SSH-2\.0-OpenSSH_9\.6"):
+            probe(probing(url))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "evaluation", "sentence"),
+    [
+        (0.0099, 1.0, r"orchestrator\.sampling\.temperature is 0\.0099: .* at least 0\.01\."),
+        (float("inf"), 1.0, r"orchestrator\.sampling\.temperature is inf"),
+        (
+            1.0,
+            0.0005,
+            r"orchestrator\.eval\.temperature is 0\.0005: .* at least 0\.01, or 0 for the most probable",
+        ),
+        (0.01, 0.0, None),
+        (1.0, 0.01, None),
+    ],
+)
+def test_one_rule_for_temperatures_on_both_sides(here, sampling, evaluation, sentence):
+    env = {"id": "reverse_text", "args": {"data": "train.jsonl", "eval_data": "train.jsonl"}}
+    sections = {"sampling": {"temperature": sampling}, "eval": {"temperature": evaluation}}
+    tried = config(env, orchestrator=sections)
+    if sentence is None:
+        check(tried, Seen(Inputs()))
+        for temperature in (sampling, evaluation):
+            assert sampling_params(temperature=temperature).temperature == temperature
+        return
+    with pytest.raises(Refusal, match=sentence):
+        check(tried, Seen(Inputs()))
+    with pytest.raises(Refusal, match="temperature must be 0 or at least"):
+        sampling_params(temperature=sampling if sampling != 1.0 else evaluation)
+
+
 def test_another_architecture_is_refused_with_both_values(here, answers):
     facts = {"model_type": "qwen3", "hidden_size": 256, "only_theirs": 1}
     info = {"weight_version": "default", "architecture": "0", "architecture_facts": facts}
@@ -131,14 +231,12 @@ def test_another_architecture_is_refused_with_both_values(here, answers):
 @pytest.mark.parametrize(
     "info",
     [
-        None,
         {"weight_version": "default"},
         {"architecture": "0", "architecture_facts": {"hidden_size": 128, "vocab_size": 64}},
     ],
 )
 def test_a_server_that_fits_or_says_nothing_about_itself_passes(here, answers, info):
-    if info is not None:
-        answers["/weight_info"] = json.dumps(info).encode()
+    answers["/weight_info"] = json.dumps(info).encode()
     probe(probing(answers["url"]))
 
 

@@ -170,6 +170,27 @@ def test_an_environment_that_always_fails_stops_the_run():
         scheduler.finish(last, [], {"env_error": 2})
 
 
+@pytest.mark.parametrize(
+    ("failures", "remedy"),
+    [
+        ({"env_error": 1, "too_long": 3}, "raise inference.max_model_len"),
+        ({"env_error": 3, "too_long": 1}, "its errors are in the orchestrator's log"),
+        ({"bad_score": 4}, "scores that are not finite"),
+        ({"sandbox_lost": 4}, "returned by the environment"),
+    ],
+)
+def test_the_remedy_is_that_of_the_most_frequent_failure(failures, remedy):
+    scheduler = Scheduler(rules(deterministic=True), ENVS)
+    for draw in start_all(scheduler, 0):
+        scheduler.finish(draw.draw, [], failures)
+    counts = ", ".join(f"{reason}: {2 * n}" for reason, n in sorted(failures.items()))
+    with pytest.raises(RatchetError, match=rf"\({counts}\), and .*{remedy}") as stopped:
+        scheduler.take_batch()
+    assert ("log" in str(stopped.value)) == (
+        max(failures, key=lambda reason: failures[reason]) == "env_error"
+    )
+
+
 def test_a_new_environment_does_not_have_to_catch_up_with_the_others():
     scheduler = Scheduler(rules(groups_per_batch=30, max_async_level=0), ENVS[:1])
     start_all(scheduler, 0)

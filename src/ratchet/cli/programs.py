@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from ratchet import log, process
+from ratchet import address, log, process
 from ratchet.config import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import Refusal
@@ -127,7 +127,9 @@ def check_rl(config: RLConfig, seen: Seen, *, is_alone: bool = False) -> None:
     check_memory(config)
     if config.inference is None:
         probe(config)
-    elif config.inference.engine == "vllm":
+        return
+    address.listen(config.inference.host, 0).close()
+    if config.inference.engine == "vllm":
         command.check(config)
 
 
@@ -157,6 +159,9 @@ def _trainer(begun: Begun | None) -> int:
 
 def check_trainer(config: RLConfig, seen: Seen) -> None:
     """Refuse what no trainer of an RL run could use, and see what it is. Raises: Refusal"""
+    from ratchet.orchestrator.check import check_temperatures
+
+    check_temperatures(config)
     check_memory(config)
     _check_model(config, seen)
 

@@ -16,11 +16,13 @@ from ratchet.config.launching import (
 from ratchet.config.marks import Announced, Fixed, Free, OnResume, Positive
 from ratchet.config.model import CkptConfig, LoraConfig, ModelConfig
 from ratchet.config.orchestrator import (
+    LOWEST_TEMPERATURE,
     ClientConfig,
     EnvConfig,
     EvalConfig,
     OrchestratorConfig,
     SamplingConfig,
+    is_temperature,
 )
 from ratchet.config.roots import RLConfig, RunConfig, ServerConfig, SFTConfig
 from ratchet.config.trainer import (
@@ -34,6 +36,7 @@ from ratchet.config.trainer import (
 )
 
 __all__ = [
+    "LOWEST_TEMPERATURE",
     "Announced",
     "CkptConfig",
     "ClientConfig",
@@ -67,4 +70,5 @@ __all__ = [
     "TrainerConfig",
     "VllmConfig",
     "WeightsConfig",
+    "is_temperature",
 ]

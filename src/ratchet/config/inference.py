@@ -24,6 +24,7 @@ class InferenceConfig(BaseConfig):
     engine: Announced[Literal["torch", "vllm"]] = "torch"
     """The embedded engine, or a vLLM that is started in its place."""
     host: Free[str] = "127.0.0.1"
+    """An address or name of this machine, of either family: `127.0.0.1`, `::1`, or `0.0.0.0` for all."""
     port: Free[Annotated[int, Field(ge=0, le=65535)]] = 8000
     """0 takes a free port; a run that starts its own server always does."""
     replicas: Free[Positive] = 1

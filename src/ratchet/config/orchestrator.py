@@ -1,5 +1,6 @@
 """The orchestrator's own knobs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,22 @@ from pydantic_config import BaseConfig
 
 from ratchet.config.marks import Announced, Free, Positive
 
+LOWEST_TEMPERATURE = 0.01
+"""vLLM samples at this one whatever lower one it is asked for, but 0."""
+
+
+def is_temperature(value: float) -> bool:
+    """Whether every engine samples at this temperature as it is asked to; at 0 it takes the most probable token."""
+    return value == 0 or LOWEST_TEMPERATURE <= value < math.inf
+
 
 class SamplingConfig(BaseConfig):
     """How rollouts are sampled. Top-p and top-k do not exist here: they would falsify the logprobs."""
 
     max_tokens: Announced[Positive] = 256
-    """Tokens of one turn at most."""
+    """Tokens of one turn at most; where less than that is left of the server's `max_model_len`, what is left."""
     temperature: Announced[float] = Field(default=1.0, gt=0)
+    """At least 0.01."""
 
 
 class EnvConfig(BaseConfig):
@@ -46,7 +56,8 @@ class EvalConfig(BaseConfig):
     tasks: Announced[Positive] = 64
     """Held-out tasks of each environment."""
     rollouts_per_task: Announced[Positive] = 1
-    temperature: Announced[float] = Field(default=1.0, gt=0)
+    temperature: Announced[float] = Field(default=1.0, ge=0)
+    """0 takes the most probable token each time (greedy); otherwise at least 0.01."""
 
     def is_due(self, step: int, max_steps: int) -> bool:
         """Whether policy `step` is evaluated."""

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ratchet import attempts, heartbeat, log, process
+from ratchet import address, attempts, heartbeat, log, process
 from ratchet.attempts import Assignment
 from ratchet.config import RLConfig
-from ratchet.errors import EXIT_OK, Refusal
+from ratchet.errors import EXIT_OK
 from ratchet.inference.vllm.command import become
 from ratchet.inputs import files
 from ratchet.inputs.seen import Guard
@@ -41,15 +41,7 @@ def main() -> int:
 def serve(config: RLConfig) -> int:
     """A standing server on the configured host and port, until SIGTERM or SIGINT. Raises: Refusal."""
     assert config.inference is not None
-    host, port = config.inference.host, config.inference.port
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        raise Refusal(
-            f"{host}:{port} cannot be served on ({error.strerror}): choose another --inference.port, 0 for a free one, "
-            "or stop what uses it."
-        ) from None
-    with listener:
+    with address.listen(config.inference.host, config.inference.port) as listener:
         return _serve(config, listener, lambda line: sys.stderr.write(f"{line}\n"))
 
 

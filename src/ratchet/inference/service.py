@@ -7,11 +7,13 @@ comes first; a client that goes away takes its sequences out of their slots.
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ratchet import lane, rng
@@ -21,12 +23,22 @@ from ratchet.inference import wire
 from ratchet.inference.adoption import UpdateSequence
 from ratchet.inference.engine import Sequence
 from ratchet.inference.worker import Worker
+from ratchet.log import LOGGER
 
+T = TypeVar("T")
+_BODY_BYTES = 4 << 20
+_BODY_BYTES_A_TOKEN = 64
+_READERS = 2
+STOPPING = "The server is stopping."
 NOT_FINITE = "The weights yield logits that are not finite: nothing can be sampled from them."
 
 
 class NotServed(Refusal):
     """A model name that this server does not have."""
+
+
+class TooLarge(Refusal):
+    """A body with more bytes than any request needs."""
 
 
 class Unavailable(RatchetError):
@@ -52,6 +64,7 @@ class Service:
     """Held while an update is loaded: no pause or resume slips between a check and what it allows."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: int = field(default_factory=lambda: int(time.time()))
+    _readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_READERS, "reader"))
 
     @property
     def max_model_len(self) -> int:
@@ -60,6 +73,35 @@ class Service:
     @property
     def vocab_size(self) -> int:
         return self.worker.engine.model.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes of a body at most: many times what a prompt that fits can take."""
+        return _BODY_BYTES + _BODY_BYTES_A_TOKEN * self.max_model_len
+
+    async def body(self, request: Request) -> bytes:
+        """The body. One that is too large is read to its end, or its client would not hear why, and not kept.
+
+        Raises: TooLarge, ClientGone
+        """
+        size, parts = 0, []
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > self.body_limit:
+                    parts.clear()
+                else:
+                    parts.append(part)
+        except ClientDisconnect:
+            LOGGER.info("a client of %s left after %d bytes of its request", request.scope["path"], size)
+            raise ClientGone from None
+        if size > self.body_limit:
+            raise TooLarge(f"The body has {size} bytes: this server reads {self.body_limit} at most.")
+        return b"".join(parts)
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What may take long, such as tokenising a long text, beside the event loop: it owes signs of life."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.name:
@@ -71,10 +113,13 @@ class Service:
         if len(token_ids) >= self.max_model_len:
             raise Refusal(
                 f"The prompt has {len(token_ids)} tokens; with at least one new token that exceeds the maximum model "
-                f"length of {self.max_model_len}."
+                f"length of {self.max_model_len}: shorten it, or raise inference.max_model_len."
             )
         if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
-            raise Refusal(f"A token id of the prompt is outside the vocabulary of {self.vocab_size}.")
+            raise Refusal(
+                f"A token id of the prompt is outside the vocabulary of {self.vocab_size}: tokenise by the tokenizer "
+                "of the model that is served (model.tokenizer)."
+            )
 
     def sequences(
         self,
@@ -109,7 +154,7 @@ class Service:
         Raises: Unavailable if the server stops; Broken if a logit is not finite; ClientGone.
         """
         if self.stopping.is_set():
-            raise Unavailable("The server is stopping.")
+            raise Unavailable(STOPPING)
         finished = asyncio.get_running_loop().create_future()
         missing = len(sequences)
 
@@ -133,7 +178,7 @@ class Service:
             if not finished.done():
                 self.worker.cancel(sequences)
         if not finished.done():
-            raise ClientGone if was_gone else Unavailable("The server is stopping.")
+            raise ClientGone if was_gone else Unavailable(STOPPING)
         if any(sequence.finish_reason == "error" for sequence in sequences):
             raise Broken(NOT_FINITE)
 

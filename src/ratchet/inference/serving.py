@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import torch
 import uvicorn
 
-from ratchet import heartbeat, weights
+from ratchet import address, heartbeat, weights
 from ratchet.chat import Chat
 from ratchet.config import InferenceConfig, RLConfig
 from ratchet.errors import RatchetError, Refusal
@@ -139,12 +139,11 @@ async def _serve(
         loop.add_signal_handler(number, stop)
     worker.start()
     heartbeat.follow_loop()
-    host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        say(f"serving {config.model.name} at http://{host}:{port}")
+        say(f"serving {config.model.name} at {address.url(listener)}")
     await serving
     if crashes:
         raise RatchetError(f"The engine died: {crashes[0]!r}") from crashes[0]

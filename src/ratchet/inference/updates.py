@@ -51,7 +51,7 @@ async def start_weight_update(service: Service, request: Request) -> Response:
 
 
 async def update_weights(service: Service, request: Request) -> Response:
-    wanted = Wanted.parse(wire.decode(await request.body()))
+    wanted = Wanted.parse(wire.decode(await service.body(request)))
     async with service.update_lock:
         service.updates.check_update(is_paused=service.worker.is_paused)
         worker = service.worker
@@ -68,7 +68,7 @@ async def update_weights(service: Service, request: Request) -> Response:
 
 
 async def finish_weight_update(service: Service, request: Request) -> Response:
-    version = wire.decode(await request.body()).get("weight_version")
+    version = wire.decode(await service.body(request)).get("weight_version")
     if not isinstance(version, str) or not version or version == UNLABELLED:
         raise Refusal("weight_version must be a text that names the weights.")
     async with service.update_lock:

@@ -4,42 +4,57 @@ What this engine cannot do is refused by name rather than ignored: an answer tha
 otherwise is worse than none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from ratchet.config import LOWEST_TEMPERATURE, is_temperature
 from ratchet.errors import Refusal
 
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Temperature = Annotated[float, Meta(ge=0)]
 TokenIds = list[Annotated[int, Meta(ge=0)]]
-LOWEST_TEMPERATURE = 1e-3
 
-# Options of the protocol that do not exist here, with the values that mean "not used".
-_UNUSED: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
-    "stream_options": (None,),
-    "top_p": (None, 1),
-    "top_k": (None, -1, 0),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
+# Options of the protocol that do not exist here, with the values that mean "not used". docs/scaling.md lists them.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
 }
-_WITHOUT_EFFECT = ("user", "metadata", "store", "request_id", "priority", "cache_salt")
+# What changes no token, whatever it is.
+IGNORED = {
+    "user", "metadata", "store", "request_id", "priority", "cache_salt", "safety_identifier", "service_tier",
+    "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "prediction",
+}  # fmt: skip
+_FALSIFYING = ("top_p", "top_k", "min_p")
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -71,7 +86,21 @@ class GenerateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
 
 
-class CompletionRequest(Options):
+class StreamOptions(msgspec.Struct):
+    """What a stream says besides its choices."""
+
+    include_usage: bool = False
+
+
+class Streamed(Options, kw_only=True):
+    """Of OpenAI's two: the answer may be asked for as a stream of events."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    """Without `stream` it changes nothing."""
+
+
+class CompletionRequest(Streamed):
     """`/v1/completions`."""
 
     prompt: str | list[Any]
@@ -84,7 +113,7 @@ class CompletionRequest(Options):
     return_token_ids: bool = False
 
 
-class ChatRequest(Options):
+class ChatRequest(Streamed):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
@@ -104,9 +133,9 @@ def parse(cls: type[R], body: bytes) -> R:
     fields = decode(body)
     parameters = fields.get("sampling_params")
     if isinstance(parameters, dict):
-        fields["sampling_params"] = _drop_unused(parameters)
+        fields["sampling_params"] = _drop_unused(SamplingParams, parameters)
     try:
-        request = msgspec.convert(_drop_unused(fields), cls)
+        request = msgspec.convert(_drop_unused(cls, fields), cls)
     except msgspec.ValidationError as error:
         raise Refusal(f"{error}.") from None
     options = request.sampling_params if isinstance(request, GenerateRequest) else request
@@ -126,8 +155,8 @@ def sampling_params(**given: Any) -> SamplingParams:
 
 def _check(options: Options) -> None:
     temperature = options.temperature
-    if temperature is not None and 0 < temperature < LOWEST_TEMPERATURE:
-        raise Refusal(f"temperature must be 0 or at least {LOWEST_TEMPERATURE}; {temperature} was given.")
+    if temperature is not None and not is_temperature(temperature):
+        raise Refusal(f"temperature must be 0 or at least {LOWEST_TEMPERATURE:g}; {temperature:g} was given.")
     if isinstance(options, SamplingParams | CompletionRequest) and options.logprobs not in (None, 0):
         raise Refusal(
             f"logprobs = {options.logprobs} is not supported by this engine: 0 gives those of the sampled tokens."
@@ -138,16 +167,22 @@ def decode(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises: Refusal."""
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(f"The body is not a JSON object: {error}.") from None
 
 
-def _drop_unused(fields: Mapping[str, Any]) -> dict[str, Any]:
-    for name, neutral in _UNUSED.items():
-        if name in fields and fields[name] not in neutral:
-            why = " (it would falsify the logprobs)" if name in ("top_p", "top_k", "min_p") else ""
-            raise Refusal(f"{name} = {fields[name]!r} is not supported by this engine{why}: leave it out.")
-    return {k: v for k, v in fields.items() if k not in _UNUSED and k not in _WITHOUT_EFFECT}
+def _drop_unused(cls: type[msgspec.Struct], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, which is as good as left out, neutral, or has no effect. Raises: Refusal"""
+    kept = {}
+    for name, value in fields.items():
+        if name in cls.__struct_fields__:
+            kept[name] = value
+        elif name in NEUTRAL and value not in NEUTRAL[name] and value is not None:
+            why = " (it would falsify the logprobs)" if name in _FALSIFYING else ""
+            raise Refusal(f"{name} = {value!r} is not supported by this engine{why}: leave it out.")
+        elif name not in NEUTRAL and name not in IGNORED:
+            kept[name] = value
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
@@ -164,20 +199,33 @@ def _is_tokens(value: Any) -> bool:
 
 def text_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages with their text parts joined. Raises: Refusal for a message that is not text."""
-    return [{**message, "content": _text(message)} for message in messages]
+    return [{**message, "content": _text(f"messages[{i}]", message)} for i, message in enumerate(messages)]
 
 
-def _text(message: dict[str, Any]) -> str:
+def _text(name: str, message: dict[str, Any]) -> str:
+    if not isinstance(message.get("role"), str):
+        raise Refusal(f"{name} has no role: each message needs a role and a content of text.")
     content = message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if (
-        not isinstance(message.get("role"), str)
-        or len(texts) < len(parts)
-        or not all(isinstance(text, str) for text in texts)
-    ):
-        raise Refusal("Each message needs a role and a content of text.")
-    return "".join(text for text in texts if isinstance(text, str))
+    if content is None:
+        calls = ", and tool calls are not read" if message.get("tool_calls") else ""
+        raise Refusal(
+            f"{name} has no content{calls}: each message needs a text here, or a list of text parts."
+        )
+    return "".join(_texts(name, content)) if isinstance(content, list) else _checked_text(name, content)
+
+
+def _texts(name: str, parts: list[Any]) -> Iterator[str]:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise Refusal(f"{name} has a part of type {kind!r}: only parts of type 'text' are read.")
+        yield _checked_text(name, part.get("text"))
+
+
+def _checked_text(name: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise Refusal(f"{name} has a content that is no text: each message needs a text, or text parts.")
+    return text
 
 
 def error_body(message: str, kind: str, code: str) -> bytes:

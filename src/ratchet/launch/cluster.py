@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet import attempts, config_io, durable
+from ratchet import address, attempts, config_io, durable
 from ratchet.attempts import Record
 from ratchet.config import RLConfig
 from ratchet.errors import EXIT_CRASH, EXIT_FENCED, EXIT_OK, EXIT_STOPPED, Fenced, Refusal
@@ -247,6 +247,4 @@ def _is_done(paths: RunPaths, record: Record) -> bool:
 def _listening(host: str) -> Iterator[tuple[socket.socket, str]]:
     """A free port, and the address by which other machines reach it."""
     with listen(host, 0) as server:
-        bound, port = server.getsockname()[:2]
-        name = socket.gethostname() if bound == "0.0.0.0" else bound
-        yield server, f"http://{name}:{port}"
+        yield server, address.url(server, everywhere=socket.gethostname())

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ratchet import config_io, durable, metrics
+from ratchet import address, config_io, durable, metrics
 from ratchet.attempts import Outcome
 from ratchet.config import InferenceConfig, RLConfig, RunConfig, SFTConfig
 from ratchet.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
@@ -29,8 +29,8 @@ TOKENIZER_TRIES = 600
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that a child inherits: no other process can take the port in between."""
-    server = socket.create_server((host, port))
+    """A listening socket that a child inherits: no other process can take the port in between. Raises: Refusal"""
+    server = address.listen(host, port)
     server.set_inheritable(True)
     return server
 
@@ -170,8 +170,7 @@ def _start_servers(
             fds=(fd,),
             environment=devices.environment(settings, replica),
         )
-        host, port = server.getsockname()[:2]
-        urls.append(f"http://{host}:{port}")
+        urls.append(address.url(server))
     return urls
 
 

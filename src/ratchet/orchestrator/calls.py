@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from ratchet.errors import RatchetError
+from ratchet.errors import EXIT_CRASH, EXIT_REFUSED, RatchetError
 
 PauseMode = Literal["keep", "wait"]
 Cause = Literal["connection", "timeout", "status", "answer", "silent"]
@@ -43,13 +43,22 @@ class Torn(Exception):
     def __init__(self, cause: Cause, sentence: str) -> None:
         super().__init__(sentence)
         self.cause: Cause = cause
+        self.sentence = sentence
+
+
+_PASSING = {404, 409, 410}
+"""What a server answers that holds another model, or is in another state, than it was known for."""
 
 
 class Answered(RatchetError):
-    """The server understood a request and says no; repeating it would change nothing."""
+    """The server understood a request and says no; repeating it would change nothing.
+
+    Nor would starting the orchestrator again, unless the server may be another one by then.
+    """
 
     def __init__(self, path: str, status: int, sentence: str) -> None:
         super().__init__(f"inference answered {path} with {status}: {sentence}")
+        self.exit_code = EXIT_CRASH if status in _PASSING else EXIT_REFUSED
         self.path = path
         self.status = status
         self.sentence = sentence

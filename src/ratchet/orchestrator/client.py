@@ -5,7 +5,7 @@ same seed; what the server understood and refuses is `Answered`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ import aiohttp
 import msgspec
 
 from ratchet import lane
-from ratchet.errors import RatchetError
-from ratchet.orchestrator.calls import Completion, PauseMode, Request, Span, Torn, refusal
+from ratchet.errors import RatchetError, Refusal
+from ratchet.orchestrator.calls import Answered, Completion, PauseMode, Request, Span, Torn, refusal
 from ratchet.orchestrator.lane import Lane, NotSpoken
 from ratchet.weights import Policy
 
@@ -27,6 +27,7 @@ UPDATE = "/update_weights"
 _GENERATE = "/inference/v1/generate"
 _SPARE_CONNECTIONS = 8
 _LONGEST_SENTENCE = 500
+_FIRST_BYTES = 80
 
 
 class WeightInfo(msgspec.Struct, frozen=True):
@@ -75,7 +76,9 @@ class _Model(msgspec.Struct):
     max_model_len: int | None = None
 
 
-class _Models(msgspec.Struct):
+class Models(msgspec.Struct):
+    """What /v1/models says: the names that a server serves."""
+
     data: list[_Model]
 
 
@@ -117,7 +120,7 @@ class Client:
 
     async def connect(self) -> None:
         """Learn the name that the server serves. Raises: Torn, RatchetError."""
-        served = await self._get("/v1/models", _Models)
+        served = await self._get("/v1/models", Models)
         if not served.data:
             raise RatchetError(f"inference at {self.base_url} serves no model.")
         self._model, self.max_model_len = served.data[0].id, served.data[0].max_model_len
@@ -175,8 +178,16 @@ class Client:
         return answer
 
     async def weight_info(self) -> WeightInfo:
-        """The weights that the server holds now, and whether it is paused. Raises: Torn, RatchetError."""
-        info = await self._get("/weight_info", WeightInfo)
+        """The weights that the server holds now, and whether it is paused.
+
+        Raises: Torn; Refusal for a server whose weights cannot be asked for; RatchetError
+        """
+        try:
+            info = await self._get("/weight_info", WeightInfo)
+        except Answered as error:
+            raise Refusal(
+                foreign(self.base_url, error.path, f"status {error.status}: {error.sentence}")
+            ) from None
         if info.paused is None:
             paused = await self._get("/is_paused", _IsPaused)
             info = msgspec.structs.replace(info, paused=paused.is_paused)
@@ -236,6 +247,10 @@ class Client:
                 data, status = await response.read(), response.status
         except TimeoutError:
             raise Torn("timeout", f"no answer within {timeout_s:g} s") from None
+        except aiohttp.ClientResponseError as error:
+            raise Torn(
+                "answer", f"it answers, but not in HTTP: {error.message[:_LONGEST_SENTENCE]}"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise Torn("connection", f"{type(error).__name__} {error}".strip()) from None
         if status >= 400:
@@ -254,12 +269,29 @@ class Client:
             ) from None
 
 
-def nobody_answers(urls: str, waited_s: float) -> str:
-    """The sentence for servers that are not there."""
+def nobody_answers(urls: Sequence[str], waited_s: float, others: Mapping[str, str]) -> str:
+    """The sentence for servers that are not there; `others` are the URLs where something else answers, and how."""
+    silent = ", ".join(url for url in urls if url not in others)
+    found = [f"nobody answers at {silent} after {waited_s:g} s"] if silent else []
+    found += [
+        f"{url}/health answers with {said}, which no inference server does" for url, said in others.items()
+    ]
+    return f"{'; '.join(found)}: start `uv run inference @ ...` or set orchestrator.client.base_url."
+
+
+def foreign(url: str, path: str, said: str) -> str:
+    """The sentence for a server that is there, and is none that a run can use."""
     return (
-        f"nobody answers at {urls} after {waited_s:g} s: start `uv run inference @ ...` "
-        "or set orchestrator.client.base_url."
+        f"The server at {url} answers {path} with {said}: it is neither Ratchet's own server nor a vLLM with its "
+        "middleware (docs/scaling.md); set orchestrator.client.base_url."
     )
+
+
+def said_by(status: int, server: str | None, body: bytes) -> str:
+    """An answer in so few words that a person recognises whose it is."""
+    named = f" from {server[:_FIRST_BYTES]}" if server else ""
+    begins = " ".join(body[:_FIRST_BYTES].decode(errors="replace").split())
+    return f"status {status}{named}" + (f", beginning {begins!r}" if begins else "")
 
 
 def _covers(spans: Sequence[Span], count: int) -> bool:

@@ -150,10 +150,13 @@ class Player:
         messages, turn = opening.messages, 0
         group = place[:-1]
         while True:
-            if self._is_too_long(tokens, sampling):
-                return RolloutFailure(TOO_LONG, f"turn {turn} does not fit the server's max_model_len")
+            room = self._room(tokens, sampling)
+            if room < 1:
+                return RolloutFailure(
+                    TOO_LONG, f"turn {turn}: no room for a token in the server's max_model_len"
+                )
             seed = derive(sampling.seed, *place, turn)
-            answer = await self._answer(tokens, seed, sampling, group)
+            answer = await self._answer(tokens, seed, room, sampling, group)
             if not answer.token_ids:
                 return RolloutFailure(EMPTY, "the answer has no tokens")
             messages = (*messages, self._message(answer))
@@ -170,18 +173,19 @@ class Player:
                 return self._refused(f"task {opening.task.id}", error)
             messages, turn = (*messages, *result), turn + 1
 
-    def _is_too_long(self, tokens: Tokens, sampling: Sampling) -> bool:
+    def _room(self, tokens: Tokens, sampling: Sampling) -> int:
+        """Tokens that the next answer may have: less than what is asked for where the context is near the limit."""
         limit = self._pool.max_model_len
-        return limit is not None and len(tokens.ids) + sampling.max_tokens > limit
+        return sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(tokens.ids))
 
     async def _answer(
-        self, tokens: Tokens, seed: int, sampling: Sampling, group: tuple[object, ...]
+        self, tokens: Tokens, seed: int, room: int, sampling: Sampling, group: tuple[object, ...]
     ) -> Completion:
         """Sample one answer and append it. Raises: Strange if any token is not by a policy of ours."""
         request = Request(
             token_ids=tokens.ids,
             seed=seed,
-            max_tokens=sampling.max_tokens,
+            max_tokens=room,
             temperature=sampling.temperature,
             stop_token_ids=self._chat.stop_token_ids,
         )

@@ -137,7 +137,9 @@ class Pool:
             if any(server.state is not State.AWAY for server in self._servers):
                 heard_at, kind = time.monotonic(), RatchetError
             elif time.monotonic() - heard_at > self._config.wait_s:
-                raise kind(nobody_answers(self.urls, self._config.wait_s))
+                others = {server.client.base_url: server.said for server in self._servers if server.said}
+                urls = [server.client.base_url for server in self._servers]
+                raise kind(nobody_answers(urls, self._config.wait_s, others))
             await asyncio.sleep(_MOURN_S)
 
     async def connect(self) -> None:

@@ -21,6 +21,18 @@ NO_SIBLINGS = "no_siblings"
 TOO_OLD = "too_old"
 ENV_REMOVED = "env_removed"
 INPUT_CHANGED = "input_changed"
+# What most failures of a reason come from, and what helps.
+_REMEDIES = {
+    "env_error": "the environment raises; its errors are in the orchestrator's log",
+    "bad_score": "the environment gives scores that are not finite numbers: mend it",
+    "too_long": (
+        "the conversations leave no room for an answer: raise inference.max_model_len (of a server of your own its "
+        "--max-model-len), or shorten the prompts"
+    ),
+    "empty": "the server samples answers without a token: look at its log",
+    "no_siblings": "one rollout of a group is not enough: see why the others fail",
+}
+_OWN_REASON = "these failures are returned by the environment: mend it or its data"
 # So many batches' worth of groups may fail for one batch before the run is stopped as hopeless.
 _HOPELESS_BATCHES = 10
 _HOPELESS_GROUPS = 50
@@ -217,11 +229,16 @@ class Scheduler:
         if failed >= max(_HOPELESS_BATCHES * self._rules.groups_per_batch, _HOPELESS_GROUPS):
             raise RatchetError(
                 f"{failed} groups failed while batch {self.next_batch} was made ({self._reasons()}): "
-                "the environment does not work; its errors are in the orchestrator's log."
+                f"{self._remedy()}."
             )
 
     def _reasons(self) -> str:
         return ", ".join(f"{reason}: {n}" for reason, n in sorted(self._rollouts_dropped.items()))
+
+    def _remedy(self) -> str:
+        """What the most frequent failure comes from. One that was dropped for its age is no failure."""
+        counts = {reason: n for reason, n in sorted(self._rollouts_dropped.items()) if reason != TOO_OLD}
+        return _REMEDIES.get(max(counts, key=lambda reason: counts[reason], default=""), _OWN_REASON)
 
     def take_batch(self) -> Batch | None:
         """The next batch as soon as it is full; None before. Groups that are too old are dropped here.
@@ -263,7 +280,7 @@ class Scheduler:
         if not self._ready:
             raise RatchetError(
                 f"No group of batch {self.next_batch} survived ({self._reasons()}), and in deterministic mode "
-                "nothing is drawn in its place: mend the environment; its errors are in the orchestrator's log."
+                f"nothing is drawn in its place: {self._remedy()}."
             )
         return [self._ready[draw] for draw in sorted(self._ready)]
 

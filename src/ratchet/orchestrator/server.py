@@ -76,6 +76,8 @@ class Server:
         self._refused = 0
         self._failed = 0
         self.state = State.AWAY
+        self.said = ""
+        """What was answered in place of a sign of life, if anything was."""
         self.held = -1
         """The step of the policy that it held when it was last looked at."""
         self._is_elsewhere = False
@@ -133,7 +135,11 @@ class Server:
                 async with asyncio.timeout(_AWAY_PROBE_S if self.state is State.AWAY else PROBE_S):
                     await self._look.wait()
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: Torn | Answered) -> None:
+        if isinstance(error, Answered):
+            self.said = f"status {error.status}: {error.sentence}"
+        else:
+            self.said = error.sentence if error.cause in ("status", "answer") else ""
         if self.state is not State.AWAY:
             LOGGER.warning("inference at %s does not answer (%s)", self.client.base_url, error)
             is_silent = isinstance(error, Torn) and error.cause == "timeout"

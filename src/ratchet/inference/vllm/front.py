@@ -238,7 +238,7 @@ async def _body(request: Request) -> dict[str, Any]:
     """A JSON object; an empty body is an empty one. Raises: Refusal."""
     try:
         body = json.loads(await request.body() or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"The body is not a JSON object: {error}.") from None
     if not isinstance(body, dict):
         raise Refusal("The body is not a JSON object.")

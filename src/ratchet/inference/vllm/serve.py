@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ratchet import heartbeat, log, process
+from ratchet import address, heartbeat, log, process
 from ratchet.errors import EXIT_OK, RatchetError
 from ratchet.log import LOGGER
 from ratchet.paths import RunPaths
@@ -58,7 +58,7 @@ def _serve(listener: socket.socket, given: Sequence[str]) -> None:
 
     arguments = _parse(given)
     arguments.host, arguments.port = listener.getsockname()[:2]
-    address = f"http://{arguments.host}:{arguments.port}"
+    served_at = address.url(listener)
 
     was_asked = False
 
@@ -72,11 +72,11 @@ def _serve(listener: socket.socket, given: Sequence[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, remember)  # beside vLLM's own, which its event loop calls all the same
         watching.append(asyncio.create_task(heartbeat.follow_answers(front.answers)))
-        LOGGER.info("serving %s at %s", arguments.model, address)
+        LOGGER.info("serving %s at %s", arguments.model, served_at)
 
     Front.on_ready = staticmethod(on_ready)  # pyright: ignore[reportAttributeAccessIssue]
     signal.signal(signal.SIGTERM, _interrupt)
-    asyncio.run(run_server_worker(address, listener, arguments))
+    asyncio.run(run_server_worker(served_at, listener, arguments))
     if not was_asked:
         raise RatchetError("vLLM's engine died, and its API server ended with it: the lines above say why.")
 
