@@ -323,6 +323,7 @@ def test_chance_in_a_reward_is_a_function_of_its_place(tmp_path):
     assert len(set(rewards)) == len(rewards)
 
 
+@pytest.mark.slow
 def test_an_edit_while_the_run_goes_on_ends_it_when_its_reader_is_started_again(project):
     """A dead orchestrator is started again within the attempt; it reads the edited file, and refuses it."""
     (project / "reward.py").write_text(
