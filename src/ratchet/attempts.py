@@ -200,6 +200,15 @@ def read_config(paths: RunPaths, record: Record) -> Any:
     return config_io.from_toml(KINDS[record.kind], path)
 
 
+def is_gone(paths: RunPaths) -> bool:
+    """Whether the launcher that held a run last has ended, as far as this machine can tell: it was one of here."""
+    try:
+        words = paths.lock.read_text().split()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return words[:1] == ["pid"] and words[-1:] == [platform.node()] and not Path("/proc", words[1]).exists()
+
+
 _NO_INPUTS = Inputs()
 
 

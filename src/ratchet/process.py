@@ -152,6 +152,19 @@ def reason(error: OSError) -> str:
     return f"{error.strerror}: {os.path.normpath(error.filename)}" if error.filename else str(error.strerror)
 
 
+def why(error: BaseException) -> str:
+    """The operating system's reason for an error that a library has wrapped, or the first line of the error itself."""
+    seen: list[BaseException] = [error]
+    for inner in seen:
+        if isinstance(inner, OSError):
+            return reason(inner)
+        wrapped = getattr(inner, "failures", {})  # of several ranks: torch's CheckpointException
+        found = [entry[0] for entry in wrapped.values()] if isinstance(wrapped, dict) else []
+        found += [inner.__cause__, inner.__context__]
+        seen += [other for other in found if isinstance(other, BaseException) and other not in seen]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def is_about(error: OSError, root: Path) -> bool:
     """Whether an error is that of the file system under a run: of a name below it, or of an open file of it."""
     if error.errno in (errno.EROFS, errno.EIO, errno.ESTALE):

@@ -3,12 +3,14 @@
 import functools
 import gc
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 
-from ratchet import process
+from ratchet import attempts, process
+from ratchet.paths import RunPaths
 
 
 def double(number):
@@ -100,3 +102,27 @@ with process.imports():
     assert sys.modules["accelerate"] is accelerate
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+
+
+def test_the_reason_of_a_wrapped_error_is_the_operating_systems():
+    class Wrapped(Exception):
+        failures = {0: (OSError(28, "No space left on device", "/run/x"), "a stack of frames")}
+
+    assert process.why(Wrapped("many lines\nof frames")) == "No space left on device: /run/x"
+    assert process.why(ValueError("one\ntwo")) == "ValueError: one"
+
+
+def test_a_launcher_that_is_not_there_any_more_is_known_by_its_number(tmp_path):
+    paths = RunPaths(tmp_path)
+    assert not attempts.is_gone(paths)
+    lock = attempts.Lock(paths)
+    lock.acquire()
+    assert not attempts.is_gone(paths)
+    lock.release()
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    paths.lock.write_text(f"pid {ended.stdout.strip()} on {platform.node()}\n")
+    assert attempts.is_gone(paths)
+    paths.lock.write_text(f"pid {ended.stdout.strip()} on another-machine\n")
+    assert not attempts.is_gone(paths)

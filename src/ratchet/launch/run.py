@@ -181,6 +181,7 @@ def _say_goodbye(console: Console, opened: Attempt, code: int, log: IO[str]) -> 
         rows = metrics.read(opened.paths.metric("trainer"))
         step = rows[-1]["step"] if rows else opened.record.plan.step
         saved = max(durable.committed(opened.paths.checkpoints), default=0)
-        where = f"continues at step {saved}" if saved else "starts at step 0: no checkpoint was asked for"
+        why = "no checkpoint was asked for" if opened.config.ckpt is None else "none was saved yet"
+        where = f"continues at step {saved}" if saved else f"starts at step 0: {why}"
         console.say(f"Stopped after step {step}. The same command {where}.")
     log.close()

@@ -80,6 +80,8 @@ def _progress(view: View) -> RenderableType:
 
 def _state(view: View) -> Text:
     outcome = view.record.outcome
+    if view.is_gone:
+        return Text(f"● {view.state}", _BAD)
     if outcome is None:
         return Text("● running", _GOOD) if view.state == "running" else Text("● silent", _WARN)
     return Text(f"● {outcome.reason}", _GOOD if outcome.code == 0 else _WARN if outcome.code == 75 else _BAD)

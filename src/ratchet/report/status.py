@@ -61,6 +61,9 @@ def lines(view: View) -> list[str]:
     pace = f", {seconds(view.step_s)} a step" if view.step_s else ""
     left = f", {seconds(view.eta_s)} left" if view.eta_s else ""
     found.append(f"step {view.step} of {view.max_steps}{pace}{left}")
+    if view.is_gone:
+        saved = max((c.step for c in view.checkpoints if c.is_sound), default=0)
+        found.append(f"the same command continues at step {saved}, and with what the log holds behind it")
     latest = [f"{name} {figure(view.last(name))}" for name in _QUANTITIES if view.last(name) is not None]
     found.append(", ".join(latest) or "no step was recorded yet")
     if view.checkpoints:

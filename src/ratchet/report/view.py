@@ -56,6 +56,8 @@ class View:
     facts: Facts
     now: Now | None = None
     restarts: dict[str, int] = field(default_factory=dict)
+    is_gone: bool = False
+    """No outcome was recorded, and the launcher is not there any more."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration as it was written: also of a version that knew other keys."""
 
@@ -65,13 +67,15 @@ class View:
 
     @property
     def is_open(self) -> bool:
-        """Whether no outcome was recorded: the attempt goes on, or its launcher was killed."""
-        return self.record.outcome is None
+        """Whether the attempt goes on, as far as one can see."""
+        return self.record.outcome is None and not self.is_gone
 
     @property
     def state(self) -> str:
         """One word, or two, for what the run is doing."""
         outcome = self.record.outcome
+        if self.is_gone:
+            return "ended without a record"
         if outcome is None:
             return "running" if self.facts.quiet_s < waits.SLOW_S or self.now is not None else "silent"
         return outcome.reason
@@ -155,6 +159,7 @@ class Watcher:
             facts=self._facts(record, settings, state),
             now=state,
             restarts=_count(restart.role for restart in record.restarts),
+            is_gone=record.outcome is None and attempts.is_gone(self._paths),
             settings=settings,
         )
 

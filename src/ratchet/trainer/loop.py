@@ -218,8 +218,8 @@ class Trainer:
         """Waits for: the policies that a resume at this checkpoint needs, on the disk."""
         self._publisher.keep(range(max(0, self._step - self._ahead), self._step + 1))
         started = time.perf_counter()
-        self._checkpointer.save(self._state)
-        LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
+        if self._checkpointer.save(self._state):
+            LOGGER.info("checkpoint %d, the loop waited %.3f s", self._step, time.perf_counter() - started)
 
     def _on_commit(self, step: int) -> None:
         """The mirror takes what it needs before anything of it may go."""

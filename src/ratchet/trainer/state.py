@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import PreTrainedModel
 
-from ratchet import attempts, checkpoint, durable, metrics
+from ratchet import attempts, checkpoint, durable, metrics, process
 from ratchet.attempts import Assignment
 from ratchet.audit_rows import DATA_ROWS, ROWS_FROM
 from ratchet.config import RLConfig
@@ -117,8 +117,10 @@ class Checkpointer:
         state.optimizer.set_steps(msgspec.json.decode((folder / OPTIMIZER_STEPS).read_bytes()))
         state.progress = msgspec.json.decode((folder / PROGRESS).read_bytes(), type=Progress)
 
-    def save(self, state: TrainerState) -> None:
+    def save(self, state: TrainerState) -> bool:
         """Commit the state as checkpoints/step_{progress.step}; one that is committed already is a no-op.
+
+        Returns whether it is committed, or, with `save_async`, begun.
 
         Waits for: the save before this one; with `save_async`, then only for the copy of the state.
         Raises: SaveFailed (see `poll`)
@@ -126,11 +128,11 @@ class Checkpointer:
         self._join()
         step = state.progress.step
         if self._world.share(checkpoint.is_committed(self._assignment.paths, step)):
-            return
+            return True
         directory, meta = self._begin(state)
         if directory is None:
             self.poll()
-            return
+            return False
         self.saving = step
         tensors = state.tensors()
         if self._config.ckpt.save_async or self._world.device.type == "cuda":
@@ -139,12 +141,14 @@ class Checkpointer:
                 tensors = self._staging.copy(tensors)
         if not self._config.ckpt.save_async:
             self._run(step, directory, meta, tensors)
+            has_failed = self._error is not None
             self.poll()
-            return
+            return not has_failed
         self._thread = threading.Thread(
             target=self._run, args=(step, directory, meta, tensors), name=f"save-{step}", daemon=True
         )
         self._thread.start()
+        return True
 
     def poll(self) -> None:
         """Look how the last save ended, without waiting for it.
@@ -159,7 +163,7 @@ class Checkpointer:
             raise error
         self._failures += 1
         said = (
-            f"a checkpoint could not be written ({self._failures} in a row): {error!r}. "
+            f"a checkpoint could not be written ({self._failures} in a row): {process.why(error)}. "
             "Older checkpoints are untouched"
         )
         if self._failures >= self._config.ckpt.max_failed_saves:
