@@ -219,3 +219,31 @@ def test_asking_to_continue_what_cannot_be_continued_is_refused_and_starting_ove
         plan(finished, other(resume_step=-1))
     chosen = plan(finished, other(resume_step=0))
     assert (chosen.step, chosen.rollback) == (0, True)
+
+
+DIFFERENT = ("data.batch_size: 16 -> 8", "max_steps: 40 -> 20")
+
+
+def test_another_command_is_refused_by_what_differs_and_never_told_to_go_on_from_nothing():
+    with pytest.raises(
+        Refusal, match=r"data.batch_size: 16 -> 8; max_steps: 40 -> 20\): put them back, or"
+    ) as caught:
+        plan(Listing(weights=(40,)), other("sft", differences=DIFFERENT))
+    assert "resume-step" not in str(caught.value)
+    with pytest.raises(Refusal, match=r"put them back, go on with these .* by --ckpt\.resume-step -1, or"):
+        plan(Listing(checkpoints=(4,)), other("sft", differences=DIFFERENT))
+    with pytest.raises(Refusal, match=r"go on with these"):
+        plan(Listing(batches=(0, 1)), other("rl", differences=DIFFERENT))
+
+
+def test_a_training_that_saved_nothing_is_not_silently_done_again():
+    """Its policy is there: the way on is named, and starting over moves it aside."""
+    with pytest.raises(
+        Refusal, match=r"begin a new run from the last policy \(model\.name = its weights/step_40"
+    ):
+        plan(Listing(weights=(40,)), other("sft", resume_step=-1, was_finished=True))
+    chosen = plan(Listing(weights=(40,)), other("sft", resume_step=0))
+    assert (chosen.step, chosen.rollback, chosen.supersede) == (0, True, ("weights/step_40",))
+    assert "weights/step_40 and the rows of the training before are moved" in chosen.messages[0]
+    again = plan(Listing(weights=(40,)), same("sft"))
+    assert (again.step, again.rollback, again.supersede) == (0, False, ())
