@@ -14,6 +14,7 @@ import pytest
 from programs import TINY_SFT, environment, last_step, processes_of, rows, run, run_digest, start, wait_until
 from ratchet import attempts, metrics, resume
 from ratchet.attempts import token
+from ratchet.cli.programs import check_sft
 from ratchet.config import SFTConfig
 from ratchet.config_io import load
 from ratchet.errors import EXIT_FENCED
@@ -150,7 +151,7 @@ def everything(root):
 @pytest.mark.slow
 def test_a_replaced_trainer_that_wakes_up_inside_a_save_publishes_nothing_and_exits(calm_sft, tmp_path):
     config = load(SFTConfig, [*SFT, "--output-dir", str(tmp_path / "run"), "--ckpt.interval", "2"])
-    opened = open_attempt("sft", config, dict)
+    opened = open_attempt("sft", config, lambda seen: check_sft(config, seen))
     root, stage = opened.paths.root, opened.stage
     old = spawn(stage, 1)
     wait_until(lambda: list(opened.paths.staging.glob("001.trainer.1/*-checkpoint_4")))
