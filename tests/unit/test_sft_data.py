@@ -158,7 +158,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
     [
         ("rows.jsonl", b"\n" + LINES, "line 3"),
         ("rows.jsonl", b"\xef\xbb\xbf" + LINES, "line 2"),
-        ("rows.jsonl.gz", gzip.compress(LINES), "line 2"),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0), "line 2"),
         ("rows.json", LINES, "line 2"),
         ("rows.json", json.dumps(PAIRS, indent=2).encode(), "row 2"),
         ("rows.json.gz", gzip.compress(json.dumps(PAIRS).encode()), "row 2"),
@@ -184,7 +184,7 @@ def test_lines_and_arrays_of_json_are_read_packed_or_not_and_known_by_their_byte
     ("name", "content", "says"),
     [
         ("rows.jsonl.gz", LINES, "cannot be read"),
-        ("rows.jsonl.gz", gzip.compress(LINES)[:-9], "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "cannot be read"),
         ("rows.jsonl", LINES + b"\xff\n", "line 3 is not UTF-8"),
         ("rows.json", b"[{]", "rows.json is not valid JSON: .*line 1 column 3"),
         ("rows.json", b"[]", "no rows"),
