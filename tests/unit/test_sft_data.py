@@ -161,7 +161,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
         ("rows.jsonl.gz", gzip.compress(LINES, mtime=0), "line 2"),
         ("rows.json", LINES, "line 2"),
         ("rows.json", json.dumps(PAIRS, indent=2).encode(), "row 2"),
-        ("rows.json.gz", gzip.compress(json.dumps(PAIRS).encode()), "row 2"),
+        ("rows.json.gz", gzip.compress(json.dumps(PAIRS).encode(), mtime=0), "row 2"),
     ],
 )
 def test_lines_and_arrays_of_json_are_read_packed_or_not_and_known_by_their_bytes(
